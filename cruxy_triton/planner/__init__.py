@@ -1,0 +1,1 @@
+"""The memory planner: does this training run fit this card, and which configuration is best?"""

@@ -1,0 +1,1 @@
+"""The fast loop of an optimizer step: telemetry, control, update. Imports torch and triton only."""
