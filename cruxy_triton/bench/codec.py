@@ -1,8 +1,8 @@
 """Which 8-bit code for Lion's momentum: sign flips against an exact Lion, on recorded gradients.
 
 Two Lions read the same gradients. One keeps its momentum in fp32, the other stores it in 8 bits after every
-step. A flip is an element whose update sign differs in a step. `cruxy_kernels.codec` uses the winner; here the
-choice can be repeated: `cruxy-triton bench codec --gradients FILE`.
+step. A flip is an element whose update sign differs in a step. `cruxy_kernels.codec` uses the winner; the
+choice can be repeated with `cruxy-triton bench codec --gradients FILE`.
 
 FILE is a safetensors file: a key for each parameter, its value of shape (steps, *parameter shape), fp32 or
 fp16, and `source` in the metadata saying where the gradients come from.

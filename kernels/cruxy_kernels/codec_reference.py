@@ -7,8 +7,8 @@ keeps an int8 code `q`. With k = 5
     decode   m = s · q / (127 (1+k) - k|q|)
 
 a softsign: 6 times finer than linear codes near 0, where a sign of Lion's update is decided, and 1/6 as fine
-at s. Chosen by counting sign flips on recorded LoRA gradients (`cruxy-triton bench codec`); k=1 is FlashOptim's.
-1 + 2/64 = 1.03125 bytes a value. bfloat16 scales keep fp32's range, so that tiny gradients live.
+at s. Chosen by counting sign flips on recorded LoRA gradients (`cruxy-triton bench codec`); FlashOptim's
+softsign has k=1. 1 + 2/64 = 1.03125 bytes a value. bfloat16 scales keep fp32's range, so that tiny gradients live.
 
 Blocks run over the flattened tensor and the last one may be short. A block that holds a non-finite value
 decodes to NaN throughout; a block whose scale rounds to 0 (all |m| < 4.6e-41) decodes to 0.
