@@ -1,1 +1,13 @@
-"""The fast loop of an optimizer step: telemetry, control, update. Imports torch and triton only."""
+"""The fast loop of an optimizer step: telemetry, control, update. Imports torch and triton only.
+
+    telemetry = gradient_telemetry(grads)                    # one read of every gradient -> (4,)
+    control_step(control, telemetry, loss, law="meta3")      # the per-step law, in place
+    lion_update_(params, grads, exp_avgs, control)           # or adamw_update_
+
+Nothing in between is read by the host. `layout` names the slots of the control vector.
+"""
+
+from cruxy_kernels import layout
+from cruxy_kernels.reference import adamw_update_, control_step, gradient_telemetry, lion_update_
+
+__all__ = ["adamw_update_", "control_step", "gradient_telemetry", "layout", "lion_update_"]

@@ -1,0 +1,143 @@
+"""Which 8-bit code for Lion's momentum: sign flips against an exact Lion, on recorded gradients.
+
+Two Lions read the same gradients. One keeps its momentum in fp32, the other stores it in 8 bits after every
+step. A flip is an element whose update sign differs in a step. `cruxy_kernels.codec` uses the winner; the
+choice can be repeated with `cruxy-triton bench codec --gradients FILE`.
+
+FILE is a safetensors file: a key for each parameter, its value of shape (steps, *parameter shape), fp32 or
+fp16, and `source` in the metadata saying where the gradients come from.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cruxy_triton.errors import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to store a value: `block` values share one scale of `scale` format, each has an 8-bit code.
+
+    `compress` maps |x|/scale in [0, 1] onto [0, 1], where 127 evenly spaced levels are taken; `expand` is its
+    inverse. `levels` replaces both by a sorted table of 256 signed values.
+    """
+
+    name: str
+    block: int
+    scale: str = "fp32"
+    compress: Callable[[Tensor], Tensor] | None = None
+    expand: Callable[[Tensor], Tensor] | None = None
+    levels: Tensor | None = None
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimizer state a parameter, scales included."""
+        return 1 + {"fp32": 4, "bf16": 2, "fp16": 2, "e5m3": 1}[self.scale] / self.block
+
+    def round_trip(self, m: Tensor) -> Tensor:
+        """`m` (1-D fp32) as it comes back from storage."""
+        pad = -m.numel() % self.block
+        rows = torch.nn.functional.pad(m, (0, pad)).view(-1, self.block)
+        scale = store_scale(rows.abs().amax(dim=1, keepdim=True), self.scale)
+        x = torch.where(scale > 0, rows / scale, 0.0).clamp(-1, 1)
+        if self.levels is not None:
+            middles = (self.levels[1:] + self.levels[:-1]) / 2
+            y = self.levels[torch.bucketize(x, middles)]
+        else:
+            assert self.compress is not None
+            assert self.expand is not None
+            y = self.expand((self.compress(x.abs()) * 127).round() / 127).copysign(x)
+        return (y * scale).view(-1)[: m.numel()]
+
+
+def store_scale(absmax: Tensor, format: str) -> Tensor:
+    """absmax as it comes back from its storage format; formats that round go up, so that |m|/scale <= 1."""
+    if format == "fp32":
+        return absmax
+    if format == "fp16":  # as FlashOptim stores it: nearest, and 0 below 6e-8
+        return absmax.to(torch.float16).float()
+    drop = {"bf16": 16, "e5m3": 20}[format]  # bits of the mantissa that are not kept
+    bits = absmax.view(torch.int32)
+    up = (((bits + (1 << drop) - 1) >> drop) << drop).view(torch.float32)
+    if format == "e5m3":  # 8 bits: 32 powers of two below 2^4, 8 steps each
+        up = up.clamp(2.0**-28, 15.0)
+    return up
+
+
+def power(p: float) -> dict:
+    return {"compress": lambda x: x**p, "expand": lambda y: y ** (1 / p)}
+
+
+def softsign(k: float) -> dict:
+    """(1+k)x/(1+kx): slope 1+k at 0. k=1 is FlashOptim's 2x/(1+|x|)."""
+    return {"compress": lambda x: (1 + k) * x / (1 + k * x), "expand": lambda y: y / (1 + k - k * y)}
+
+
+def candidates() -> list[Candidate]:
+    """The candidates of equations.md section 3 and the ones found on the way, blocks of 32 to 256."""
+    found: list[Candidate] = []
+    for block in (32, 64, 128, 256):
+        scales = ("fp32", "bf16") if block < 256 else ("fp32",)
+        for scale in scales:
+            found.append(Candidate("linear", block, scale, **power(1.0)))
+            found.append(Candidate("signed square root", block, scale, **power(0.5)))
+            found.append(Candidate("power 2/3", block, scale, **power(2 / 3)))
+            for k in (1, 2, 3, 4):
+                found.append(Candidate(f"softsign k={k}", block, scale, **softsign(k)))
+    found.append(Candidate("softsign k=1 (FlashOptim)", 32, "fp16", **softsign(1)))
+    levels = bitsandbytes_map()
+    if levels is not None:
+        for block in (32, 64, 128, 256):
+            found.append(Candidate("bitsandbytes dynamic map", block, "fp32", levels=levels))
+    return found
+
+
+def bitsandbytes_map() -> Tensor | None:
+    """The signed dynamic map of the installed bitsandbytes, sorted; None where it is not installed."""
+    try:
+        from bitsandbytes.functional import create_dynamic_map
+    except ImportError:
+        return None
+    return create_dynamic_map(signed=True).sort().values
+
+
+def flips(
+    gradients: Iterable[Tensor], candidate: Candidate, betas: tuple[float, float], skip: int = 0
+) -> tuple[int, int]:
+    """(elements whose sign differs, elements compared) over the steps of one parameter's gradients.
+
+    gradients: 1-D fp32 tensors, one a step. Steps before `skip` run but are not counted.
+    """
+    beta1, beta2 = betas
+    exact = stored = None
+    different = compared = 0
+    for step, g in enumerate(gradients):
+        if exact is None or stored is None:
+            exact, stored = torch.zeros_like(g), torch.zeros_like(g)
+        if step >= skip:
+            u = torch.sign(beta1 * exact + (1 - beta1) * g)
+            different += int((u != torch.sign(beta1 * stored + (1 - beta1) * g)).sum())
+            compared += g.numel()
+        exact = beta2 * exact + (1 - beta2) * g
+        stored = candidate.round_trip(beta2 * stored + (1 - beta2) * g)
+    return different, compared
+
+
+def read_gradients(path: Path) -> tuple[dict[str, Tensor], str]:
+    """{parameter name: (steps, ...) gradients}, and the file's own words on their source."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            source = (file.metadata() or {}).get("source", "not stated in the file")
+            gradients = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot read gradients ({error}); expected a safetensors file") from error
+    lengths = {len(g) for g in gradients.values() if g.dim()}
+    if not gradients or len(lengths) != 1:
+        raise UserError(f"{path}: expected (steps, *shape) tensors with equal steps, found steps {lengths}")
+    return gradients, source

@@ -1,0 +1,391 @@
+"""CruxyOptimizer: a drop-in for `torch.optim.AdamW` that governs its own learning rate, betas and clipping.
+
+This file holds the arguments, the parameter groups, the state and the order of a step. The arithmetic is
+in `cruxy_kernels` (telemetry, per-step law, update) and `controllers/meta.py` (slow loop), checkpoints in
+`checkpoint.py`. Modes and laws: Cruxy white paper v2.1.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import cruxy_kernels as kernels
+import torch
+from cruxy_kernels import layout as L
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cruxy_triton import checkpoint
+from cruxy_triton.controllers.meta import slow_loop
+
+# Slots of `metrics()`, by the name they have there.
+METRICS = {
+    "step": L.STEP,
+    "lr": L.LR_OUT,
+    "lr_scale": L.LR_SCALE,
+    "phase": L.PHASE,
+    "v_fast": L.V_FAST,
+    "v_slow": L.V_SLOW,
+    "curvature": L.CURVATURE,
+    "beta1": L.BETA1_OUT,
+    "beta2": L.BETA2_OUT,
+    "clip_threshold": L.CLIP_THRESHOLD,
+    "clip_coef": L.CLIP_COEF,
+    "grad_norm": L.GRAD_NORM,
+    "gamma_norm": L.GAMMA_NORM,
+    "max_grad": L.MAX_GRAD,
+    "loss": L.LOSS,
+    "skipped": L.SKIP,
+    "skipped_steps": L.SKIPPED,
+    "nonfinite": L.NONFINITE,
+    "warning": L.WARNING,
+    "warnings": L.WARNINGS,
+}
+_COUNTS = ("step", "skipped", "skipped_steps", "nonfinite", "warnings")
+
+
+class CruxyOptimizer(Optimizer):
+    """AdamW or Lion under the Cruxy control laws.
+
+    Args:
+        params: parameters, named parameters or groups, as for every torch optimizer. Groups may set any of
+            lr, betas, eps, weight_decay, decoupled_weight_decay, use_nesterov, use_lion, use_gc, maximize.
+        mode: "meta3" (slow loop over learning rate and beta2), "stability_v2" (curvature, gamma-norm,
+            predictive clipping) or "stability_v1" (PD control of beta2).
+        lr: learning rate, a float or a one-element tensor; schedulers set it, the controller never does:
+            it owns a multiplier of its own.
+        betas: coefficients of the two moving averages; the modes adapt them.
+        eps: beside the square root of the AdamW rule.
+        weight_decay: decoupled, scaled by the learning rate that is actually used.
+        decoupled_weight_decay: False adds the decay to the gradient instead (AdamW rule only).
+        use_nesterov: Nesterov momentum (AdamW rule only).
+        use_lion: the Lion rule (one state buffer, sign updates) instead of AdamW's.
+        use_gc: gradient centralisation: gradients of two or more dimensions lose their mean.
+        meta_lr_eta, meta_lr_beta2, meta_interval: gains and period of the slow loop (paper section 4).
+        gamma_norm: exponent of the gradient statistic, in [1, 4] (paper eq 1).
+        bounds: (lowest, highest) multiplier of the learning rate that a controller may reach. None leaves
+            only the seeds' own clamps, and switches the early warning's intervention off.
+        guard: keep outlier steps (4x the running level, unless five in a row) out of the statistics, and
+            let the early warning act. Steps with non-finite gradients or loss are skipped either way.
+        maximize: ascend.
+        capturable: everything a step needs lives on the device, so that a CUDA graph can hold the step.
+
+    A warm-up is built in: the moving averages start at 0, so the phase starts near 1 and the throttle near
+    one half, and both relax over about 1,000 steps.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        mode: str = "meta3",
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decoupled_weight_decay: bool = True,
+        use_nesterov: bool = True,
+        use_lion: bool = False,
+        use_gc: bool = False,
+        meta_lr_eta: float = 0.05,
+        meta_lr_beta2: float = 0.03,
+        meta_interval: int = 10,
+        gamma_norm: float = 1.5,
+        *,
+        bounds: tuple[float, float] | None = (0.1, 4.0),
+        guard: bool = True,
+        maximize: bool = False,
+        capturable: bool = False,
+    ):
+        if mode not in L.LAWS:
+            raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(L.LAWS)}")
+        if not (isinstance(meta_interval, int) and meta_interval >= 1):
+            raise ValueError(f"meta_interval is {meta_interval!r}; expected a whole number of steps, at least 1")
+        if not 1.0 <= gamma_norm <= 4.0:
+            raise ValueError(f"gamma_norm is {gamma_norm}; expected a value from 1 to 4")
+        for name, value in (("meta_lr_eta", meta_lr_eta), ("meta_lr_beta2", meta_lr_beta2)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value}; expected a value from 0 to below 1")
+        if bounds is not None and not (len(bounds) == 2 and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
+            raise ValueError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high, or None")
+        self.mode = mode
+        self.meta_lr_eta, self.meta_lr_beta2, self.meta_interval = meta_lr_eta, meta_lr_beta2, meta_interval
+        self.gamma_norm = gamma_norm
+        self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+        self.guard = guard
+        self._control = torch.zeros((0, L.NUM_SLOTS))
+        # Host's view of the control rows: the group of each, and the call in which its first tensor joined
+        # (None: no tensor yet). The first row of a group carries its statistics into checkpoints.
+        self._row_group: list[int] = []
+        self._row_born: list[int | None] = []
+        self._param_row: dict[Tensor, int] = {}
+        self._calls = 0
+        self._written: list[Any] = []
+        self._warned_no_loss = False
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "use_nesterov": use_nesterov,
+            "use_lion": use_lion,
+            "use_gc": use_gc,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    # -- groups and rows -----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it joins with the statistics gathered so far. Raises ValueError for bad settings."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._add_row(len(self.param_groups) - 1, self._control[0] if len(self._control) else None)
+
+    def _add_row(self, group_index: int, like: Tensor | None) -> int:
+        """Append a control row; `like` is the row whose statistics it continues (AGE starts at 0)."""
+        row = torch.zeros(L.NUM_SLOTS, device=self._control.device) if like is None else like.clone()
+        beta2 = self.param_groups[group_index]["betas"][1]
+        row[L.AGE] = 0
+        if like is None:
+            row[L.LR_SCALE] = 1
+        row[L.META_BETA2] = beta2
+        self._control = torch.cat([self._control, row[None]])
+        self._row_group.append(group_index)
+        self._row_born.append(None)
+        self._written = []
+        return len(self._row_group) - 1
+
+    def _assign_row(self, param: Tensor, group_index: int) -> None:
+        """Give a tensor that joins in this call the row of its group and age."""
+        for row, group in enumerate(self._row_group):
+            if group == group_index and self._row_born[row] in (None, self._calls):
+                break
+        else:
+            row = self._add_row(group_index, self._control[self._row_group.index(group_index)])
+        if self._row_born[row] is None:
+            self._row_born[row] = self._calls
+            self._control[row, L.AGE] = 0
+        self._param_row[param] = row
+
+    def _write_inputs(self) -> None:
+        """Copy the groups' settings into the control vector, where they changed."""
+        low, high = self.bounds or (-math.inf, math.inf)
+        lr_low, lr_high = (L.SDK_LR_MIN, L.SDK_LR_MAX) if self.bounds is None else (-math.inf, math.inf)
+        shared = (self.gamma_norm, self.meta_lr_eta, self.meta_lr_beta2, float(self.meta_interval),
+                  low, high, lr_low, lr_high, float(self.guard))  # fmt: skip
+        table = []
+        for index in self._row_group:
+            group = self.param_groups[index]
+            lr = group["lr"]
+            table.append(
+                (0.0 if isinstance(lr, Tensor) else float(lr), float(group["weight_decay"]),
+                 *group["betas"], group["eps"], *shared)
+            )  # fmt: skip
+        if table != self._written:
+            values = torch.tensor(table, dtype=torch.float32, pin_memory=self._control.is_cuda)
+            self._control[:, : values.shape[1]].copy_(values, non_blocking=True)
+            self._written = table
+        for row, index in enumerate(self._row_group):
+            lr = self.param_groups[index]["lr"]
+            if isinstance(lr, Tensor):
+                self._control[row, L.LR].copy_(lr.detach().reshape(()), non_blocking=True)
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
+    ) -> Any:
+        """Take one step; without any gradient, do nothing.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            loss: the loss of this step, a number or a one-element tensor on any device (no
+                synchronisation); it feeds the curvature estimate of stability_v2 and meta3. A non-finite
+                loss or gradient skips the step on the device.
+
+        Returns:
+            What the closure returned, else `loss`.
+        """
+        result = loss
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if loss is None:
+            loss = result
+        batches = self._gather()
+        if not batches:
+            return result
+        grads = [grad for batch in batches for grad in batch.grads]
+        device = grads[0].device
+        if self._control.device != device:
+            self._control = self._control.to(device)
+        control = self._control
+        self._write_inputs()
+        self._calls += 1
+        grad_scale = getattr(self, "grad_scale", None)
+        telemetry = kernels.gradient_telemetry(grads, gamma=self.gamma_norm, grad_scale=grad_scale)
+        kernels.control_step(
+            control, telemetry, self._loss(loss, device), law=self.mode, found_inf=self._found_inf(device)
+        )
+        if self.mode == "meta3" and self._calls % self.meta_interval == 0:
+            slow_loop(control, bounded=self.bounds is not None)
+        for batch in batches:
+            batch.update(control, grad_scale)
+        return result
+
+    def _loss(self, loss: Any, device: torch.device) -> Tensor | None:
+        """The loss as a 0-dim fp32 tensor on the control's device."""
+        if loss is None:
+            if self.mode != "stability_v1" and not self._warned_no_loss:
+                self._warned_no_loss = True
+                warnings.warn(
+                    f"CruxyOptimizer(mode={self.mode!r}) got no loss, so its curvature estimate is off; "
+                    "call step(loss=loss) to switch it on",
+                    stacklevel=4,
+                )
+            return None
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss has {loss.numel()} elements; expected one number (the mean loss)")
+            return loss.detach().reshape(()).to(device, torch.float32, non_blocking=True)
+        return torch.full((), float(loss), dtype=torch.float32, device=device)
+
+    def _found_inf(self, device: torch.device) -> Tensor | None:
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf.to(device, non_blocking=True) if isinstance(found_inf, Tensor) else None
+
+    def _gather(self) -> list["_Batch"]:
+        """The tensors that have a gradient, in one batch for each update rule; makes missing state."""
+        batches: dict[Any, _Batch] = {}
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse or p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        "CruxyOptimizer does not support sparse gradients; "
+                        "use dense ones (for example Embedding(sparse=False))"
+                    )
+                state = self.state[p]
+                if not state:
+                    self._init_state(p, group, state)
+                if p not in self._param_row:
+                    self._assign_row(p, index)
+                key = (group["use_lion"], group["maximize"], group["use_nesterov"],
+                       group["decoupled_weight_decay"], group["use_gc"], p.dtype)  # fmt: skip
+                batch = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = _Batch(group)
+                batch.add(p, state, self._param_row[p])
+        return list(batches.values())
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if not group["use_lion"]:
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    # -- what it did -----------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Any]:
+        """The last step in numbers, as a plain dict; `lrs` lists the learning rate used in each group."""
+        rows = self._control.tolist()
+        first = {name: rows[0][slot] for name, slot in METRICS.items()}
+        for name in _COUNTS:
+            first[name] = int(first[name])
+        first["lrs"] = [rows[self._row_group.index(i)][L.LR_OUT] for i in range(len(self.param_groups))]
+        return first
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        kept.update(
+            {k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")}
+        )
+        for transient in ("grad_scale", "found_inf", "_zero_grad_profile_name"):
+            kept.pop(transient, None)
+        return kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to continue bit for bit; see `checkpoint.pack` for the form."""
+        return checkpoint.pack(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint; see `checkpoint.unpack` for what is taken over and what refused."""
+        checkpoint.unpack(self, state_dict)
+
+
+class _Batch:
+    """The tensors of one update rule, as the parallel lists that the kernels take."""
+
+    def __init__(self, group: dict[str, Any]):
+        self.lion, self.maximize = group["use_lion"], group["maximize"]
+        self.nesterov, self.decoupled = group["use_nesterov"], group["decoupled_weight_decay"]
+        self.centralise = group["use_gc"]
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.exp_avgs: list[Tensor] = []
+        self.exp_avg_sqs: list[Tensor] = []
+        self.rows: list[int] = []
+
+    def add(self, param: Tensor, state: dict[str, Any], row: int) -> None:
+        self.params.append(param)
+        self.grads.append(param.grad)  # pyright: ignore[reportArgumentType]
+        self.exp_avgs.append(state["exp_avg"])
+        if not self.lion:
+            self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.rows.append(row)
+
+    def update(self, control: Tensor, grad_scale: Tensor | None) -> None:
+        grads = self.grads
+        if self.centralise:
+            grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in grads]
+        if self.lion:
+            kernels.lion_update_(
+                self.params, grads, self.exp_avgs, control,
+                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
+            )  # fmt: skip
+        else:
+            kernels.adamw_update_(
+                self.params, grads, self.exp_avgs, self.exp_avg_sqs, control,
+                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
+                nesterov=self.nesterov, decoupled=self.decoupled,
+            )  # fmt: skip
+
+
+def _centralised(grad: Tensor) -> Tensor:
+    """Gradient centralisation (arXiv 2004.01461): no mean over all dimensions but the first."""
+    grad = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+    return grad - grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {lr.numel()} elements; expected one element")
+    elif not 0.0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}; expected a finite value of at least 0")
+    if len(betas) != 2 or any(isinstance(b, Tensor) for b in betas) or not all(0.0 <= b < 1.0 for b in betas):
+        raise ValueError(f"betas is {betas}; expected two floats, each from 0 to below 1")
+    for name in ("eps", "weight_decay"):
+        if not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"{name} is {group[name]}; expected a finite value of at least 0")
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("CruxyOptimizer does not support complex parameters; use torch.view_as_real")

@@ -1,0 +1,132 @@
+"""What a kernel needs on a named card, found without one: registers, spills, shared memory, load widths.
+
+Triton cross-compiles for any NVIDIA architecture; the ptxas inside its wheel assembles, and the cuobjdump beside
+it shows the machine code. Bytes a parameter are counted from what a kernel has to move (architecture.md, "Numbers
+that bound a step").
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Threads, registers, blocks and shared memory (KiB) of a multiprocessor. CUDA C++ Programming Guide, table
+# "Technical Specifications per Compute Capability".
+MULTIPROCESSOR = {
+    75: {"threads": 1024, "blocks": 16, "shared_kib": 64},
+    80: {"threads": 2048, "blocks": 32, "shared_kib": 164},
+    86: {"threads": 1536, "blocks": 16, "shared_kib": 100},
+    89: {"threads": 1536, "blocks": 24, "shared_kib": 100},
+    90: {"threads": 2048, "blocks": 32, "shared_kib": 228},
+    100: {"threads": 2048, "blocks": 32, "shared_kib": 228},
+    120: {"threads": 1536, "blocks": 24, "shared_kib": 100},
+}
+REGISTERS = 65536  # of a multiprocessor, on every architecture here
+ARCHITECTURES = tuple(MULTIPROCESSOR)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with one choice of its constants.
+
+    types: Triton's type of each argument that is no constant ("*fp32", "*i64", "i32", "fp32").
+    aligned: arguments that the launcher knows to be multiples of 16.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+    wide_loads: int = 0  # 128-bit loads a thread needs for its parameters and gradients, once
+    bytes_moved: float = 0.0  # bytes a parameter
+    floor: float | None = None  # the bytes a parameter that architecture.md counts
+
+
+@dataclass
+class Usage:
+    """What the assembler says about a variant on an architecture."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int  # bytes of local memory a thread
+    shared: int  # bytes a program
+    loads: dict[str, int] = field(default_factory=dict)  # instructions by width in bits
+    stores: dict[str, int] = field(default_factory=dict)
+    main_loads: dict[str, int] = field(default_factory=dict)  # the same, in the unmasked path alone
+    main_stores: dict[str, int] = field(default_factory=dict)
+    occupancy: float = 0.0  # resident threads over the most a multiprocessor holds
+    forbidden: tuple[str, ...] = ()  # instructions that the card, or the project's rules, do not have
+
+
+def tool(name: str) -> Path:
+    """The path of ptxas or cuobjdump in the installed Triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise RuntimeError(f"this Triton ({triton.__version__}) has no {name} at {path}; use the Linux wheel")
+    return path
+
+
+def compile_variant(variant: Variant, arch: int) -> Any:
+    """Triton's compiled kernel of `variant` for sm_`arch`; needs no GPU."""
+    if arch not in MULTIPROCESSOR:
+        raise ValueError(f"unknown architecture sm_{arch}: expected one of {', '.join(map(str, ARCHITECTURES))}")
+    if not hasattr(variant.kernel, "cache_key"):
+        raise RuntimeError("kernels were imported under TRITON_INTERPRET=1; unset it to cross-compile")
+    names = variant.kernel.arg_names
+    missing = set(names) - set(variant.types) - set(variant.constants)
+    if missing:
+        raise ValueError(f"{variant.name}: no type and no constant for {', '.join(sorted(missing))}")
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps}
+    )
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{name} failed: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout
+
+
+def inspect(variant: Variant, arch: int) -> Usage:
+    """Compiles, assembles and reads the machine code of `variant` for sm_`arch`."""
+    compiled = compile_variant(variant, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        Path(cubin).write_bytes(compiled.asm["cubin"])
+        resources = run_tool("cuobjdump", "--dump-resource-usage", cubin)
+        sass = run_tool("cuobjdump", "--dump-sass", cubin)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+    usage = Usage(
+        name=variant.name,
+        arch=arch,
+        registers=found["REG"],
+        spills=found["STACK"] + found["LOCAL"],
+        shared=compiled.metadata.shared,
+    )
+    read_sass(sass, usage)
+    usage.occupancy = occupancy(arch, usage.registers, usage.shared, variant.num_warps)
+    return usage
+
+
+def instructions(sass: str) -> list[str]:
+    """The instructions of a cuobjdump listing, in order, without addresses and encodings."""
+    return [found.strip() for found in re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^/]+?);", sass)]
