@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +182,16 @@ def _finish(result: Any, args: argparse.Namespace, say: Any) -> int:
 
 
 def _quiet() -> None:
-    """Third-party progress bars and notices would bury ours; their warnings stay."""
+    """Third-party progress bars and notices would bury ours; what they warn of stays."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for package in ("transformers", "trl", "peft", "accelerate", "bitsandbytes"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=package)
+    # "No module named 'kernels'": an optional download of CPU kernels that would be used for inference only.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _bytes(text: str) -> int:

@@ -171,6 +171,11 @@ def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dty
         raise UserError(_why_not_loaded(recipe, error)) from error
     model.requires_grad_(False)
     model.config.use_cache = False
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first use in evaluation mode, for a kernel
+        # that has no backward; training after an evaluation would then lose the gradient of every layer below.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

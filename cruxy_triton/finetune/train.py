@@ -158,6 +158,7 @@ class Telemetry(TrainerCallback):
         self.show = show
         self.file = trainer.folder.metrics.open("a", encoding="utf-8")
         self.last = time.perf_counter()
+        self.lr = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         # json has no NaN or infinity; null says that there was no finite value
@@ -168,17 +169,21 @@ class Telemetry(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.optimizer is not None
+        self.lr = float(self.trainer.optimizer.param_groups[0]["lr"])  # the scheduler moves on before on_step_end
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        assert trainer.step_loss is not None and trainer.optimizer is not None
+        assert trainer.step_loss is not None
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         now = time.perf_counter()
-        row: dict[str, Any] = {"step": state.global_step, "loss": float(trainer.step_loss)}
+        row: dict[str, Any] = {"step": state.global_step, "loss": float(trainer.step_loss), "lr": self.lr}
         trainer.step_loss = None
         if isinstance(optimizer, CruxyOptimizer):
-            row |= optimizer.metrics()
-        else:
-            row["lr"] = float(optimizer.param_groups[0]["lr"])
+            metrics = optimizer.metrics()
+            row["lr_used"] = metrics["lr"]
+            row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
         row["seconds"] = now - self.last
         if torch.cuda.is_available() and args.device.type == "cuda":
             row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
