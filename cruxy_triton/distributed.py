@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec_reference import scale_count
-from torch import Tensor
 
 
 def active() -> bool:

@@ -353,7 +353,7 @@ def lion_update_(
     for row, indices in _row_runs(rows, len(params)):
         c = _Row(control, row, grad_scale, maximize)
         p_list, g_list, m_list = ([ts[i] for i in indices] for ts in (params, grads, exp_avgs))
-        s_list = [exp_avg_scales[i] for i in indices] if coded else []
+        s_list = [] if exp_avg_scales is None else [exp_avg_scales[i] for i in indices]
         multipliers = None if lr_multipliers is None else lr_multipliers[indices]
         keep = 1 - c.lr * c.weight_decay
         dtype = torch.float32 if coded else exp_avgs[0].dtype
