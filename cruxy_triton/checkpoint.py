@@ -3,7 +3,7 @@
 The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
 
     {"state": {index: {"step": 0-dim fp32, "exp_avg": ..., "exp_avg_sq": ...}},
-     "param_groups": [{"lr": ..., ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
+     "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
 `control` is the group's row of the control vector: the statistics, the controller's multiplier and its
 histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else.
@@ -15,8 +15,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cruxy_kernels import layout as L
 from torch import Tensor
+
+from cruxy_kernels import layout as L
 
 if TYPE_CHECKING:
     from cruxy_triton.optimizer import CruxyOptimizer

@@ -1,0 +1,218 @@
+"""`cruxy-triton doctor`: versions, devices, the backend and why, known problems and what to do about each."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Problem:
+    """`severity` is "error" (training will not run as asked) or "note" (it runs, but know this)."""
+
+    severity: str
+    what: str
+    remedy: str
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    findings = examine()
+    print(json.dumps(findings, indent=2) if args.json else render(findings))
+    return 1 if any(p["severity"] == "error" for p in findings["problems"]) else 0
+
+
+def examine() -> dict[str, Any]:
+    """All findings as plain data: versions, system, devices, backend and problems."""
+    import torch
+
+    from cruxy_triton.finetune.run import versions
+
+    problems: list[Problem] = []
+    devices = _devices(problems)
+    _check_torch_build(problems)
+    _check_triton(devices, problems)
+    _check_bitsandbytes(devices, problems)
+    if sys.platform == "win32" and devices:
+        problems.append(
+            Problem(
+                "note",
+                "on Windows the driver moves GPU memory to system memory when a card is full, so a run that does not "
+                "fit is not refused but becomes several times slower",
+                "keep to the plan's figure for Windows (cruxy-triton plan --os windows), or set 'CUDA - Sysmem "
+                "Fallback Policy' to 'Prefer No Sysmem Fallback' in the NVIDIA control panel",
+            )
+        )
+    import cruxy_kernels
+
+    main_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend, reason = cruxy_kernels.explain_backend(main_device)
+    return {
+        "versions": versions(),
+        "system": {
+            "os": platform.platform(),
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_bytes": memory_bytes(),
+        },
+        "torch": {"cuda_build": torch.version.cuda, "threads": torch.get_num_threads()},
+        "devices": devices,
+        "backend": {"device": str(main_device), "name": backend, "reason": reason},
+        "problems": [asdict(p) for p in problems],
+    }
+
+
+def memory_bytes() -> int | None:
+    """Installed system memory in bytes; None where the system does not tell (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _devices(problems: list[Problem]) -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "name": properties.name,
+                "compute_capability": f"{capability[0]}.{capability[1]}",
+                "multiprocessors": properties.multi_processor_count,
+                "total_bytes": total,
+                "free_bytes": free,
+                "training_dtype": "bfloat16" if capability >= (8, 0) else "float16",
+            }
+        )
+        if not _has_code_for(capability, torch.cuda.get_arch_list()):
+            problems.append(
+                Problem(
+                    "error",
+                    f"{properties.name} has compute capability {capability[0]}.{capability[1]}, for which this torch "
+                    f"{torch.__version__} holds no code ({', '.join(torch.cuda.get_arch_list())})",
+                    "install a torch built for an older CUDA version, which still supports this card",
+                )
+            )
+        if capability < (8, 0):
+            problems.append(
+                Problem(
+                    "note",
+                    f"{properties.name} computes bfloat16 by emulation only (torch.cuda.is_bf16_supported() may still "
+                    "say True)",
+                    "nothing to do: finetune takes float16 with a gradient scaler and float32 adapters on this card",
+                )
+            )
+    return found
+
+
+def _has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether binary code (same major, minor not above) or PTX (any lower) in `architectures` runs there."""
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        digits = number.rstrip("af")
+        if not digits.isdecimal():
+            continue
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute" and built <= capability:
+            return True
+        if kind == "sm" and built[0] == capability[0] and built[1] <= capability[1]:
+            return True
+    return False
+
+
+def _check_torch_build(problems: list[Problem]) -> None:
+    import torch
+
+    driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
+    if driver and torch.version.cuda is None:
+        problems.append(
+            Problem(
+                "error",
+                f"this machine has an NVIDIA driver, but torch {torch.__version__} is built without CUDA",
+                "install the CUDA build of torch (the selector on pytorch.org/get-started names the command)",
+            )
+        )
+    elif driver and not torch.cuda.is_available():
+        problems.append(
+            Problem(
+                "error",
+                f"torch is built for CUDA {torch.version.cuda}, but finds no usable device",
+                "check that nvidia-smi lists the card, that its driver is new enough for that CUDA version, and that "
+                "CUDA_VISIBLE_DEVICES does not hide it",
+            )
+        )
+
+
+def _check_triton(devices: list[dict[str, Any]], problems: list[Problem]) -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        if devices:
+            package = "triton-windows" if sys.platform == "win32" else "triton"
+            problems.append(
+                Problem(
+                    "note",
+                    f"Triton cannot be imported ({error}); the optimizer runs as plain PyTorch, with more launches",
+                    f"pip install {package}",
+                )
+            )
+        return
+    if any(d["compute_capability"] == "7.5" for d in devices):
+        problems.append(
+            Problem(
+                "note",
+                "Triton no longer tests Turing cards (compute capability 7.5) since 3.3; kernels of other packages may "
+                "fail to compile",
+                "the kernels of cruxy_kernels keep to what this card has; if one fails all the same, set "
+                "CRUXY_BACKEND=torch and report it",
+            )
+        )
+
+
+def _check_bitsandbytes(devices: list[dict[str, Any]], problems: list[Problem]) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        problems.append(
+            Problem("note", f"bitsandbytes cannot be imported ({error}): no --load-in-4bit", "pip install bitsandbytes")
+        )
+
+
+def render(findings: dict[str, Any]) -> str:
+    """The findings as text for a terminal."""
+    system, backend = findings["system"], findings["backend"]
+    memory = system["memory_bytes"]
+    lines = ["versions"]
+    lines += [f"  {name:<14}{version}" for name, version in findings["versions"].items()]
+    lines += [
+        "",
+        "system",
+        f"  {system['os']}, {system['cores']} cores" + (f", {memory / 2**30:.1f} GiB memory" if memory else ""),
+        f"  torch is built {'for CUDA ' + cuda if (cuda := findings['torch']['cuda_build']) else 'for the CPU only'}; "
+        f"{findings['torch']['threads']} threads",
+        "",
+        "devices",
+    ]
+    lines += [
+        f"  cuda:{i}  {d['name']}, compute capability {d['compute_capability']}, {d['multiprocessors']} SMs, "
+        f"{d['free_bytes'] / 2**30:.2f} of {d['total_bytes'] / 2**30:.2f} GiB free, trains in {d['training_dtype']}"
+        for i, d in enumerate(findings["devices"])
+    ] or ["  cpu only: trains in float32"]
+    lines += ["", f"backend for {backend['device']}: {backend['name']}, because {backend['reason']}", ""]
+    if not findings["problems"]:
+        lines.append("no known problems")
+    for problem in findings["problems"]:
+        lines += [f"{problem['severity']}: {problem['what']}", f"  -> {problem['remedy']}"]
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""A GPU (or a CPU with its RAM) as the planner sees it: how much memory, which kernels, how fast.
+
+Figures come from `profiles/gpus/*.toml`, each with its source; `Card.detect()` asks the card that is there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cruxy_triton.errors import UserError
+from cruxy_triton.planner.shape import _simple, _unknown, profile_texts, read_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MiB = 2**20
+GiB = 2**30
+SYSTEMS = ("linux", "linux-desktop", "windows")
+
+_UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "k": 2**10, "m": 2**20, "g": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SMALLEST = 256 * MiB
+_LARGEST = 4096 * GiB
+
+
+def parse_bytes(text: str | int) -> int:
+    """`"4GiB"`, `"3900 MiB"`, `"6g"` or a number of bytes as an int.
+
+    Raises UserError for anything else, and for budgets below 256 MiB or above 4 TiB, which nobody means.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match.group(2).lower() not in _UNITS:
+        raise UserError(f"not an amount of memory: {text!r}; write it as 4GiB, 3900MiB or a number of bytes")
+    value = float(match.group(1)) * _UNITS[match.group(2).lower()]
+    if not _SMALLEST <= value <= _LARGEST:
+        raise UserError(
+            f"a budget of {text} is {value / GiB:.4g} GiB; the planner takes 256 MiB to 4 TiB. "
+            "Was the unit forgotten? Write for example 4GiB"
+        )
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device. Bytes unless the name says otherwise.
+
+    `usable` maps an operating system to the bytes that a training process may take in all, CUDA context
+    included. `measured` says whether `usable` was read off such a card or follows the rule in `note`.
+    """
+
+    name: str
+    vram_bytes: int
+    usable: Mapping[str, int]
+    capability: tuple[int, int] = (7, 5)
+    sms: int = 0
+    bandwidth_gb_s: float = 0.0
+    fp32_tflops: float = 0.0
+    half_tflops: float = 0.0  # dense fp16 matrix products with fp32 accumulation
+    context_bytes: int = 150 * MiB
+    context_error_bytes: int = 60 * MiB
+    device: str = "cuda"
+    sources: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def bf16(self) -> bool:
+        """bfloat16 in hardware: compute capability 8.0 and later. (torch can say yes through emulation.)"""
+        return self.capability >= (8, 0)
+
+    @property
+    def cublas_workspace_bytes(self) -> int:
+        """One cuBLAS handle's workspace: 4096 KiB * 2 + 16 KiB * 8, or 32 MiB from Hopper on
+        (aten/src/ATen/cuda/CublasHandlePool.cpp). The forward and the backward thread have one each."""
+        if self.device == "cpu":
+            return 0
+        return 32 * MiB if self.capability >= (9, 0) else 8_519_680
+
+    def usable_bytes(self, system: str | None = None) -> int:
+        """What a training process may take on `system` ("linux", "linux-desktop", "windows")."""
+        if self.device == "cpu" or "any" in self.usable:
+            return self.usable["any"]
+        system = system or "linux"
+        if system not in SYSTEMS:
+            raise UserError(f"unknown operating system {system!r}; expected one of {', '.join(SYSTEMS)}")
+        return self.usable[system]
+
+    @property
+    def attention_kinds(self) -> tuple[str, ...]:
+        """Kernels that run here, best first. "efficient" is SDPA's memory-efficient kernel on K and V expanded
+        to all heads; "math" is where transformers' `enable_gqa=True` lands before sm_80; flash needs sm_80."""
+        if self.device == "cpu":
+            return ("sdpa-cpu", "eager")
+        return ("flash", "efficient", "eager", "math") if self.bf16 else ("efficient", "eager", "math")
+
+    @classmethod
+    def cpu(cls, ram_bytes: int | str) -> Card:
+        """A CPU run in `ram_bytes` of memory: float32, no CUDA context."""
+        amount = parse_bytes(ram_bytes)
+        return cls(
+            name=f"CPU with {amount / GiB:.3g} GiB",
+            vram_bytes=amount,
+            usable={"any": amount},
+            capability=(0, 0),
+            context_bytes=0,
+            context_error_bytes=0,
+            device="cpu",
+        )
+
+    @classmethod
+    def budget(cls, amount: int | str, capability: tuple[int, int] = (7, 5)) -> Card:
+        """A nameless CUDA card with so much memory for the process in all, of Turing's abilities unless given."""
+        number = parse_bytes(amount)
+        return cls(
+            name=f"{number / GiB:.3g} GiB budget",
+            vram_bytes=number,
+            usable={"any": number},
+            capability=capability,
+            note="a plain budget: context included, compute capability "
+            f"{capability[0]}.{capability[1]} assumed, no step time",
+        )
+
+    @classmethod
+    def detect(cls) -> Card:
+        """The first CUDA card of this machine, by its name and what the driver reports.
+
+        Raises UserError where torch sees none.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--gpu auto: no CUDA device here; name a card (--gpu gtx1650) or a budget (--vram 4GiB)")
+        properties = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)
+        capability = (properties.major, properties.minor)
+        # free was read with this process's own context already on the card
+        usable = {"any": free + 150 * MiB}
+        try:
+            known = load_card(re.sub(r"(?i)nvidia|geforce|gpu|laptop gpu", "", properties.name))
+        except UserError:
+            return cls(
+                name=properties.name,
+                vram_bytes=total,
+                usable=usable,
+                capability=capability,
+                sms=properties.multi_processor_count,
+            )
+        return replace(known, name=properties.name, vram_bytes=total, usable=usable, capability=capability)
+
+
+def card_names() -> list[str]:
+    """The names of profiles/gpus."""
+    return list(profile_texts("gpus"))
+
+
+_REQUIRED = ("vram_mib", "capability", "usable_linux_mib", "usable_linux_desktop_mib", "usable_windows_mib")
+
+
+def card_from_profile(data: Mapping[str, Any], name: str) -> Card:
+    """A `Card` from a parsed profile file. Raises UserError for a missing or impossible field."""
+    missing = [key for key in _REQUIRED if key not in data]
+    if missing:
+        raise UserError(f"GPU profile {name}: {', '.join(missing)} missing; see profiles/gpus/gtx1650-gddr5.toml")
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(data["capability"]))
+    if match is None:
+        raise UserError(f'GPU profile {name}: capability must look like "7.5", not {data["capability"]!r}')
+    numbers = {key: data.get(key, 0) for key in (*_REQUIRED, "sms", "bandwidth_gb_s", "fp32_tflops", "half_tflops")}
+    del numbers["capability"]
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise UserError(f"GPU profile {name}: {key} must be a number of at least 0, not {value!r}")
+    return Card(
+        name=str(data.get("name", name)),
+        vram_bytes=int(data["vram_mib"] * MiB),
+        usable={
+            "linux": int(data["usable_linux_mib"] * MiB),
+            "linux-desktop": int(data["usable_linux_desktop_mib"] * MiB),
+            "windows": int(data["usable_windows_mib"] * MiB),
+        },
+        capability=(int(match.group(1)), int(match.group(2))),
+        sms=int(numbers["sms"]),
+        bandwidth_gb_s=float(numbers["bandwidth_gb_s"]),
+        fp32_tflops=float(numbers["fp32_tflops"]),
+        half_tflops=float(numbers["half_tflops"]),
+        context_bytes=int(data.get("context_mib", 150) * MiB),
+        context_error_bytes=int(data.get("context_error_mib", 60) * MiB),
+        sources=dict(data.get("sources", {})),
+    )
+
+
+def load_card(card: str | int | Path | Card) -> Card:
+    """A `Card` from a profile's name or file, an amount of memory ("4GiB", or bytes as an int), or "auto".
+
+    Raises UserError where nothing of that name is found; the nearest names are in the message.
+    """
+    if isinstance(card, Card):
+        return card
+    if isinstance(card, int):
+        return Card.budget(card)
+    text = str(card).strip()
+    if text == "auto":
+        return Card.detect()
+    path = Path(text).expanduser()
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise UserError(f"{path}: no such GPU profile")
+        return card_from_profile(read_toml(path), path.stem)
+    wanted = _simple(text)
+    profiles = profile_texts("gpus")
+    for name, content in profiles.items():
+        if wanted == _simple(name):
+            return card_from_profile(tomllib.loads(content), name)
+    for name, content in profiles.items():
+        data = tomllib.loads(content)
+        if wanted in {_simple(alias) for alias in data.get("aliases", ())} | {_simple(data.get("name", ""))}:
+            return card_from_profile(data, name)
+    if re.match(r"\s*-?[0-9.]+\s*[kmgtKMGT]?[iI]?[bB]?\s*$", text):
+        return Card.budget(text)
+    raise UserError(_unknown("GPU", text, list(profiles)))
