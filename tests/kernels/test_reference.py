@@ -230,7 +230,7 @@ def test_a_learning_rate_of_0_stays_0_under_the_seeds_clamp():
 
 def test_the_early_warning_halves_the_rate_once_an_interval():
     """W = .5 [surge] + .2 [curvature] reaches .7 when the level triples while the loss climbs steeply."""
-    c = control(GUARD=1)
+    c = control(GUARD=1, SCALE_MIN=1e-12)
     halvings, scale = 0, 1.0
     for step in range(330):
         level = 1.0 if step < 300 else 3.9
@@ -305,7 +305,7 @@ def test_adamw_is_the_formula(nesterov, decoupled, maximize):
     )
     for got, want in zip(zip(p, m, v, strict=True), expected, strict=True):
         for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=3e-7)
 
 
 def test_adamw_coincides_with_torch():
