@@ -187,8 +187,20 @@ class CruxyOptimizer(Optimizer):
         self._control = torch.cat([self._control, row[None]])
         self._row_group.append(group_index)
         self._row_born.append(None)
-        self._written = []
+        self._control_moved()
         return len(self._row_group) - 1
+
+    def _control_moved(self) -> None:
+        """Renew what refers to the control tensor: `group["control"]` and the `step` of a state are views.
+
+        They are there because torch.distributed.checkpoint saves the keys of the live groups and states.
+        """
+        self._written = []
+        for index, group in enumerate(self.param_groups):
+            if index in self._row_group:
+                group["mode"], group["control"] = self.mode, self._control[self._row_group.index(index)]
+        for p, row in self._param_row.items():
+            self.state[p]["step"] = self._control[row, L.AGE]
 
     def _assign_row(self, param: Tensor, group_index: int) -> None:
         """Give a tensor that joins in this call the row of its group and age."""
@@ -201,6 +213,7 @@ class CruxyOptimizer(Optimizer):
             self._row_born[row] = self._calls
             self._control[row, L.AGE] = 0
         self._param_row[param] = row
+        self.state[param]["step"] = self._control[row, L.AGE]
 
     def _write_inputs(self) -> None:
         """Copy the groups' settings into the control vector, where they changed."""
@@ -254,6 +267,7 @@ class CruxyOptimizer(Optimizer):
         device = batches[0].grads[0].device
         if self._control.device != device:
             self._control = self._control.to(device)
+            self._control_moved()
         control = self._control
         self._write_inputs()
         self._calls += 1
@@ -421,6 +435,11 @@ class CruxyOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_pending", None)
+        self._control_moved()
+
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if "control:" not in line and not line.startswith("       "))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit; see `checkpoint.pack` for the form."""
@@ -482,7 +501,8 @@ class _Batch:
         self.grads.append(grad)
         self.keys.append((grad.device, key))
         for name, tensor in state.items():
-            self.state.setdefault(name, []).append(tensor)
+            if name != "step":
+                self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
 
     def update(self, control: Tensor, grad_scale: Tensor | None, backend: str | None) -> None:
@@ -531,3 +551,5 @@ def _check_group(group: dict[str, Any], state_bits: int) -> None:
     for p in group["params"]:
         if p.is_complex():
             raise ValueError("CruxyOptimizer does not support complex parameters; use torch.view_as_real")
+        if state_bits == 8 and p.dtype == torch.float64:
+            raise ValueError("state_bits=8 does not support float64 parameters; use state_bits=32")
