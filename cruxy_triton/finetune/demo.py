@@ -159,7 +159,11 @@ def _pretrain(text: str, folder: Path, say: Callable[[str], None]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_bpe(text), eos_token=EOS, bos_token=EOS, pad_token="<|pad|>", clean_up_tokenization_spaces=False
+        tokenizer_object=_bpe(text),
+        eos_token=EOS,
+        bos_token=EOS,
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
     )
     ids = torch.tensor(
         [i for e in tokenizer.backend_tokenizer.encode_batch(text.split(EOS)) for i in (*e.ids, tokenizer.eos_token_id)]
@@ -201,7 +205,8 @@ def _pretrain(text: str, folder: Path, say: Callable[[str], None]) -> None:
             optimizer.step(loss=loss)
             schedule.step()
             if step % 100 == 0:
-                say(f"  step {step}/{PRETRAIN_STEPS}  loss {loss.detach().item():.3f}  {time.perf_counter() - started:.0f} s")
+                seconds = time.perf_counter() - started
+                say(f"  step {step}/{PRETRAIN_STEPS}  loss {loss.detach().item():.3f}  {seconds:.0f} s")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
