@@ -15,8 +15,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cruxy_kernels import layout as L
 from torch import Tensor
+
+from cruxy_kernels import layout as L
 
 if TYPE_CHECKING:
     from cruxy_triton.optimizer import CruxyOptimizer

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import cruxy_kernels as kernels
 import torch
-from cruxy_kernels import layout as L
 from torch import Tensor
 from torch.optim import Optimizer
 
+import cruxy_kernels as kernels
+from cruxy_kernels import layout as L
 from cruxy_triton import checkpoint
 from cruxy_triton.controllers.meta import slow_loop
 

@@ -6,9 +6,10 @@ just before; the slow loop then renews the two outputs that follow from lr_scale
 """
 
 import torch
+from torch import Tensor
+
 from cruxy_kernels import layout as L
 from cruxy_kernels.reference import bias_corrections, phase_modulation
-from torch import Tensor
 
 
 @torch.no_grad()

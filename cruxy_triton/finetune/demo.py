@@ -15,6 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from cruxy_triton.optimizer import CruxyOptimizer
 
 VOCABULARY = 2048
 CONTEXT = 256
-PRETRAIN_STEPS = 400
+PRETRAIN_STEPS = 500
 PRETRAIN_BATCH = 16
 PRETRAIN_LENGTH = 128
 PRETRAIN_LR = 4e-3
@@ -158,7 +159,7 @@ def _pretraining_text(pieces: list[str], answers: set[str]) -> str:
 def _pretrain(text: str, folder: Path, say: Callable[[str], None]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=_bpe(text),
         eos_token=EOS,
         bos_token=EOS,

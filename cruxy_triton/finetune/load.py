@@ -170,6 +170,7 @@ def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dty
         raise UserError(_why_not_loaded(recipe, error)) from error
     model.requires_grad_(False)
     model.config.use_cache = False
+    module: Any
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first use in evaluation mode, for a kernel
         # that has no backward; training after an evaluation would then lose the gradient of every layer below.
@@ -197,9 +198,11 @@ def _require_bitsandbytes() -> None:
 
 
 def add_lora(model: Any, recipe: Recipe) -> Any:
-    """Wraps `model` in a peft model with float32 LoRA adapters on `recipe.target_modules`."""
+    """Wraps `model` in a peft model with float32 LoRA adapters on `recipe.target_modules`, drawn by `recipe.seed`."""
     from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
 
+    set_seed(recipe.seed)
     targets: Any = recipe.target_modules
     lora = LoraConfig(
         r=recipe.lora_r,

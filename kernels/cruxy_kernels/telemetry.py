@@ -6,24 +6,17 @@ in a fixed order, so equal gradients give equal bits; the partial sums go to the
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from cruxy_kernels.tables import (
     ALIGNED,
-    CHUNK,
     COLUMNS,
     FIRST_BLOCK,
     GRAD,
     NUMEL,
-    TensorTable,
-    element_type,
     load_values,
-    tables,
 )
 
 # Programs of one launch: enough to fill any card, few enough that one program can add what they leave.
