@@ -44,7 +44,11 @@ def message(role: str, content: str) -> dict[str, str]:
             False,
             {"prompt": "Question: I\n\nX\nAnswer:", "completion": " O"},
         ),
-        ({"instruction": "I", "input": "", "output": "O"}, False, {"prompt": "Question: I\nAnswer:", "completion": " O"}),
+        (
+            {"instruction": "I", "input": "", "output": "O"},
+            False,
+            {"prompt": "Question: I\nAnswer:", "completion": " O"},
+        ),
         ({"prompt": "P", "completion": "C"}, True, {"prompt": "P", "completion": "C"}),
         (
             {"prompt": [message(USER, "P")], "completion": [message(ASSISTANT, "C")]},
@@ -54,7 +58,7 @@ def message(role: str, content: str) -> dict[str, str]:
         ({"text": "T"}, False, {"text": "T"}),
         ({"id": 3, "text": "T", "prompt": None}, False, {"text": "T"}),
     ],
-    ids=["question", "question-chat", "instruction-input", "instruction", "prompt", "prompt-messages", "text", "extras"],
+    ids=["question", "question-chat", "instruction-input", "instruction", "prompt", "messages", "text", "extras"],
 )
 def test_record_forms(tmp_path: Path, row: dict, chat: bool, expected: dict) -> None:
     found = read(write(tmp_path, [row] * 8), chat=chat)

@@ -117,8 +117,13 @@ def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> Non
     files.write_json(target, {"a": 1})
     with pytest.raises(TypeError):
         files.write_json(target, {"a": object()})
-    with pytest.raises(RuntimeError, match="power cut"), files.replacing(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("power cut")
+
+    def interrupted() -> None:
+        with files.replacing(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        interrupted()
     assert json.loads(target.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [target]
