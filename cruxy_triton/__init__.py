@@ -1,8 +1,8 @@
 """Cruxy-Triton: fine-tune language models on small consumer GPUs.
 
-`CruxyOptimizer` is a drop-in for `torch.optim.AdamW`; `cruxy_triton.kernels` is the package
-`cruxy_kernels`. Both are imported on first use, so that the command line and the memory planner
-start without torch.
+`CruxyOptimizer` is a drop-in for `torch.optim.AdamW`, `MetaLion` its smallest form;
+`cruxy_triton.kernels` is the package `cruxy_kernels`. They are imported on first use, so that the
+command line and the memory planner start without torch.
 """
 
 import importlib
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cruxy_kernels as kernels
-    from cruxy_triton.optimizer import CruxyOptimizer
+    from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
 
 __version__ = "0.1.0"
-__all__ = ["CruxyOptimizer", "__version__", "kernels"]
+__all__ = ["CruxyOptimizer", "MetaLion", "__version__", "kernels"]
 
 _LAZY = {
     "CruxyOptimizer": ("cruxy_triton.optimizer", "CruxyOptimizer"),
+    "MetaLion": ("cruxy_triton.optimizer", "MetaLion"),
     "kernels": ("cruxy_kernels", None),
 }
 

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 import cruxy_kernels as kernels
 from cruxy_kernels import layout as L
-from cruxy_triton import checkpoint
+from cruxy_kernels.codec_reference import scale_count
+from cruxy_triton import checkpoint, distributed
 from cruxy_triton.controllers.meta import slow_loop
 
 # Slots of `metrics()`, by the name they have there.
@@ -69,7 +70,13 @@ class CruxyOptimizer(Optimizer):
         guard: keep outlier steps (4x the running level, unless five in a row) out of the statistics, and
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
         maximize: ascend.
-        capturable: everything a step needs lives on the device, so that a CUDA graph can hold the step.
+        state_bits: 32, or 8 for int8 momentum with a bfloat16 scale for each 64 values (Lion rule only).
+        backend: "triton" or "torch"; None lets the device decide (`cruxy_kernels.explain`).
+        capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
+            hold the step (changing learning rates then have to be tensors).
+        history: how many past steps `history()` remembers (448 bytes each, on the parameters' device).
+        process_group: over which ranks the loss is averaged when torch.distributed runs: "auto" is all of
+            them, None is none. Statistics of DTensor parameters are always combined over their mesh.
 
     A warm-up is built in: the moving averages start at 0, so the phase starts near 1 and the throttle near
     one half, and both relax over about 1,000 steps.
@@ -97,10 +104,14 @@ class CruxyOptimizer(Optimizer):
         meta_interval: int = 10,
         gamma_norm: float = 1.5,
         *,
+        state_bits: int = 32,
         bounds: tuple[float, float] | None = (0.1, 4.0),
         guard: bool = True,
+        backend: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        history: int = 1000,
+        process_group: Any = "auto",
     ):
         if mode not in L.LAWS:
             raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(L.LAWS)}")
@@ -113,7 +124,16 @@ class CruxyOptimizer(Optimizer):
                 raise ValueError(f"{name} is {value}; expected a value from 0 to below 1")
         if bounds is not None and not (len(bounds) == 2 and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
             raise ValueError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high, or None")
+        if backend not in (None, "triton", "torch"):
+            raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'torch' or None")
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits is {state_bits!r}; expected 8 or 32")
+        if not (isinstance(history, int) and history >= 0):
+            raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         self.mode = mode
+        self.state_bits = state_bits
+        self.backend = backend
+        self.process_group = process_group
         self.meta_lr_eta, self.meta_lr_beta2, self.meta_interval = meta_lr_eta, meta_lr_beta2, meta_interval
         self.gamma_norm = gamma_norm
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
@@ -126,7 +146,9 @@ class CruxyOptimizer(Optimizer):
         self._param_row: dict[Tensor, int] = {}
         self._calls = 0
         self._written: list[Any] = []
-        self._warned_no_loss = False
+        self._calls_without_loss = 0
+        self._log = torch.zeros((history, L.NUM_SLOTS))
+        self._pending: tuple[Any, Tensor] | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -141,14 +163,14 @@ class CruxyOptimizer(Optimizer):
         }
         super().__init__(params, defaults)
 
-    # -- groups and rows -----------------------------------------------------------------------------------
+    # -- groups and rows ------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it joins with the statistics gathered so far. Raises ValueError for bad settings."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, self.state_bits)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -165,8 +187,20 @@ class CruxyOptimizer(Optimizer):
         self._control = torch.cat([self._control, row[None]])
         self._row_group.append(group_index)
         self._row_born.append(None)
-        self._written = []
+        self._control_moved()
         return len(self._row_group) - 1
+
+    def _control_moved(self) -> None:
+        """Renew what refers to the control tensor: `group["control"]` and the `step` of a state are views.
+
+        They are there because torch.distributed.checkpoint saves the keys of the live groups and states.
+        """
+        self._written = []
+        for index, group in enumerate(self.param_groups):
+            if index in self._row_group:
+                group["mode"], group["control"] = self.mode, self._control[self._row_group.index(index)]
+        for p, row in self._param_row.items():
+            self.state[p]["step"] = self._control[row, L.AGE]
 
     def _assign_row(self, param: Tensor, group_index: int) -> None:
         """Give a tensor that joins in this call the row of its group and age."""
@@ -179,6 +213,7 @@ class CruxyOptimizer(Optimizer):
             self._row_born[row] = self._calls
             self._control[row, L.AGE] = 0
         self._param_row[param] = row
+        self.state[param]["step"] = self._control[row, L.AGE]
 
     def _write_inputs(self) -> None:
         """Copy the groups' settings into the control vector, where they changed."""
@@ -203,7 +238,7 @@ class CruxyOptimizer(Optimizer):
             if isinstance(lr, Tensor):
                 self._control[row, L.LR].copy_(lr.detach().reshape(()), non_blocking=True)
 
-    # -- a step --------------------------------------------------------------------------------------------
+    # -- a step ------------------------------------------------------------------
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -229,31 +264,65 @@ class CruxyOptimizer(Optimizer):
         batches = self._gather()
         if not batches:
             return result
-        grads = [grad for batch in batches for grad in batch.grads]
-        device = grads[0].device
+        device = batches[0].grads[0].device
         if self._control.device != device:
             self._control = self._control.to(device)
+            self._control_moved()
         control = self._control
         self._write_inputs()
         self._calls += 1
         grad_scale = getattr(self, "grad_scale", None)
-        telemetry = kernels.gradient_telemetry(grads, gamma=self.gamma_norm, grad_scale=grad_scale)
+        found_inf = getattr(self, "found_inf", None)
+        found_inf = found_inf.to(device, non_blocking=True) if isinstance(found_inf, Tensor) else None
+        telemetry = self._telemetry(batches, device, grad_scale, found_inf)
         kernels.control_step(
-            control, telemetry, self._loss(loss, device), law=self.mode, found_inf=self._found_inf(device)
+            control, telemetry, self._loss(loss, device), law=self.mode, found_inf=found_inf, backend=self.backend
         )
-        if self.mode == "meta3" and self._calls % self.meta_interval == 0:
+        capturable = self.param_groups[0]["capturable"]
+        if self.mode == "meta3" and (capturable or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None)
+        controls = {device: control}
         for batch in batches:
-            batch.update(control, grad_scale)
+            if batch.device not in controls:
+                controls[batch.device] = control.to(batch.device, non_blocking=True)
+            batch.update(controls[batch.device], grad_scale, self.backend)
+        self._remember(control[0], capturable)
         return result
+
+    def _telemetry(
+        self,
+        batches: list["_Batch"],
+        device: torch.device,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor:
+        """The statistics over all gradients of all ranks, (n, 4) on `device`: their sum is the total."""
+        grads: dict[Any, list[Tensor]] = {}
+        for batch in batches:
+            for key, grad in zip(batch.keys, batch.grads, strict=True):
+                grads.setdefault(key, []).append(grad)
+        parts = []
+        for (_, mesh_key), tensors in grads.items():
+            part = kernels.gradient_telemetry(
+                tensors, gamma=self.gamma_norm, grad_scale=grad_scale, partial=True, backend=self.backend
+            )
+            part = part.to(device, non_blocking=True)
+            if mesh_key is not None:
+                part = distributed.combine(part)
+                if found_inf is not None:  # a rank's GradScaler knows only its own shards
+                    part[L.COUNT_NONFINITE] += found_inf.reshape(())
+                part = distributed.over_mesh(part, mesh_key)[None]
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _loss(self, loss: Any, device: torch.device) -> Tensor | None:
         """The loss as a 0-dim fp32 tensor on the control's device."""
         if loss is None:
-            if self.mode != "stability_v1" and not self._warned_no_loss:
-                self._warned_no_loss = True
+            self._calls_without_loss += 1
+            # Not at the first: torch.distributed.checkpoint takes one step of its own to make the state.
+            if self.mode != "stability_v1" and self._calls_without_loss == 2:
                 warnings.warn(
-                    f"CruxyOptimizer(mode={self.mode!r}) got no loss, so its curvature estimate is off; "
+                    f"CruxyOptimizer(mode={self.mode!r}) gets no loss, so its curvature estimate is off; "
                     "call step(loss=loss) to switch it on",
                     stacklevel=4,
                 )
@@ -261,16 +330,15 @@ class CruxyOptimizer(Optimizer):
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"loss has {loss.numel()} elements; expected one number (the mean loss)")
-            return loss.detach().reshape(()).to(device, torch.float32, non_blocking=True)
-        return torch.full((), float(loss), dtype=torch.float32, device=device)
-
-    def _found_inf(self, device: torch.device) -> Tensor | None:
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf.to(device, non_blocking=True) if isinstance(found_inf, Tensor) else None
+            value = distributed.local(loss.detach()).reshape(()).to(device, torch.float32, non_blocking=True)
+        else:
+            value = torch.full((), float(loss), dtype=torch.float32, device=device)
+        return distributed.mean_loss(value, self.process_group) if distributed.active() else value
 
     def _gather(self) -> list["_Batch"]:
         """The tensors that have a gradient, in one batch for each update rule; makes missing state."""
         batches: dict[Any, _Batch] = {}
+        sharded = distributed.active()
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is None:
@@ -286,40 +354,92 @@ class CruxyOptimizer(Optimizer):
                 if p not in self._param_row:
                     self._assign_row(p, index)
                 key = (group["use_lion"], group["maximize"], group["use_nesterov"],
-                       group["decoupled_weight_decay"], group["use_gc"], p.dtype)  # fmt: skip
+                       group["decoupled_weight_decay"], group["use_gc"], p.dtype, p.device)  # fmt: skip
                 batch = batches.get(key)
                 if batch is None:
-                    batch = batches[key] = _Batch(group)
-                batch.add(p, state, self._param_row[p])
+                    batch = batches[key] = _Batch(group, p.device)
+                batch.add(p, state, self._param_row[p], sharded)
         return list(batches.values())
 
     def _init_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        if self.state_bits == 8:
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.int8, memory_format=torch.contiguous_format)
+            state["exp_avg_scale"] = distributed.scales_like(p)
+            return
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if not group["use_lion"]:
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
-    # -- what it did -----------------------------------------------------------------------------------------
+    # -- what it did ------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, Any]:
-        """The last step in numbers, as a plain dict; `lrs` lists the learning rate used in each group."""
-        rows = self._control.tolist()
-        first = {name: rows[0][slot] for name, slot in METRICS.items()}
-        for name in _COUNTS:
-            first[name] = int(first[name])
-        first["lrs"] = [rows[self._row_group.index(i)][L.LR_OUT] for i in range(len(self.param_groups))]
-        return first
+    def _remember(self, row: Tensor, capturable: bool) -> None:
+        """Copy a row of the control vector into the log, on the device."""
+        size = len(self._log)
+        if size == 0:
+            return
+        if self._log.device != row.device:
+            self._log = self._log.to(row.device)
+        if capturable:
+            turn = torch.remainder(row[L.STEP] + row[L.SKIPPED] - 1, size).long()
+            self._log.index_copy_(0, turn.reshape(1), row[None])
+        else:
+            self._log[(self._calls - 1) % size].copy_(row)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------
+    def metrics(self, *, wait: bool = False) -> dict[str, Any]:
+        """The last step in numbers, as a plain dict; `lrs` lists the learning rate used in each group.
+
+        On an accelerator the numbers are copied in the background: the call returns those of the newest
+        copy that has arrived (a call or so old) and orders the next; `wait=True` waits for this step's.
+        """
+        rows = self._read(wait)
+        values = _named(rows[0])
+        values["lrs"] = [rows[self._row_group.index(i)][L.LR_OUT] for i in range(len(self.param_groups))]
+        return values
+
+    def _read(self, wait: bool) -> list[list[float]]:
+        control = self._control
+        if not control.is_cuda:
+            return control.tolist()
+        old = self._pending
+        if old is None or old[0].query():
+            copy = torch.empty(control.shape, dtype=control.dtype, pin_memory=True)
+            copy.copy_(control, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (event, copy)
+        if wait:
+            return control.tolist()
+        if old is None or not old[0].query():
+            old = self._pending
+            assert old is not None
+            old[0].synchronize()  # nothing has arrived yet: this once, wait
+        return old[1].tolist()
+
+    def history(self) -> list[dict[str, Any]]:
+        """`metrics()` of the last steps (without `lrs`), oldest first, at most `history` of them."""
+        size = len(self._log)
+        count = min(self._calls, size)
+        rows = self._log.tolist()
+        return [_named(rows[call % size]) for call in range(self._calls - count, self._calls)]
+
+    # -- checkpoints ------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        kept.update(
-            {k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")}
-        )
-        for transient in ("grad_scale", "found_inf", "_zero_grad_profile_name"):
+        kept.update({k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")})
+        for transient in ("grad_scale", "found_inf", "_pending", "_zero_grad_profile_name"):
             kept.pop(transient, None)
         return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_pending", None)
+        self._control_moved()
+
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if "control:" not in line and not line.startswith("       "))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit; see `checkpoint.pack` for the form."""
@@ -330,42 +450,82 @@ class CruxyOptimizer(Optimizer):
         checkpoint.unpack(self, state_dict)
 
 
+class MetaLion(CruxyOptimizer):
+    """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state a parameter (paper section 5).
+
+    Takes every argument of `CruxyOptimizer`; only the defaults differ. Lion's steps have the size of the
+    learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight decay.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        *,
+        state_bits: int = 8,
+        **kwargs: Any,
+    ):
+        fixed = {"mode": "meta3", "use_lion": True}
+        for name, value in fixed.items():
+            if kwargs.setdefault(name, value) != value:
+                raise ValueError(f"MetaLion is {name}={value!r}; use CruxyOptimizer for {kwargs[name]!r}")
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, state_bits=state_bits, **kwargs)
+
+
 class _Batch:
     """The tensors of one update rule, as the parallel lists that the kernels take."""
 
-    def __init__(self, group: dict[str, Any]):
+    def __init__(self, group: dict[str, Any], device: torch.device):
+        self.device = device
         self.lion, self.maximize = group["use_lion"], group["maximize"]
         self.nesterov, self.decoupled = group["use_nesterov"], group["decoupled_weight_decay"]
         self.centralise = group["use_gc"]
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
-        self.exp_avgs: list[Tensor] = []
-        self.exp_avg_sqs: list[Tensor] = []
+        self.keys: list[Any] = []
+        self.state: dict[str, list[Tensor]] = {}
         self.rows: list[int] = []
 
-    def add(self, param: Tensor, state: dict[str, Any], row: int) -> None:
+    def add(self, param: Tensor, state: dict[str, Any], row: int, sharded: bool) -> None:
+        grad: Any = param.grad
+        key = None
+        if sharded:
+            grad, key = distributed.local_grad(param, grad), distributed.statistics_key(param)
+            state = {name: distributed.local(tensor) for name, tensor in state.items()}
+            param = distributed.local(param)
+            if "exp_avg_scale" in state:
+                state["exp_avg_scale"] = state["exp_avg_scale"][: scale_count(param.numel())]
         self.params.append(param)
-        self.grads.append(param.grad)  # pyright: ignore[reportArgumentType]
-        self.exp_avgs.append(state["exp_avg"])
-        if not self.lion:
-            self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.grads.append(grad)
+        self.keys.append((grad.device, key))
+        for name, tensor in state.items():
+            if name != "step":
+                self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
 
-    def update(self, control: Tensor, grad_scale: Tensor | None) -> None:
+    def update(self, control: Tensor, grad_scale: Tensor | None, backend: str | None) -> None:
         grads = self.grads
         if self.centralise:
             grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in grads]
         if self.lion:
             kernels.lion_update_(
-                self.params, grads, self.exp_avgs, control,
-                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
+                self.params, grads, self.state["exp_avg"], control,
+                exp_avg_scales=self.state.get("exp_avg_scale"),
+                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize, backend=backend,
             )  # fmt: skip
         else:
             kernels.adamw_update_(
-                self.params, grads, self.exp_avgs, self.exp_avg_sqs, control,
+                self.params, grads, self.state["exp_avg"], self.state["exp_avg_sq"], control,
                 rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
-                nesterov=self.nesterov, decoupled=self.decoupled,
+                nesterov=self.nesterov, decoupled=self.decoupled, backend=backend,
             )  # fmt: skip
+
+
+def _named(row: list[float]) -> dict[str, Any]:
+    """The slots of METRICS by name; those that count are whole numbers."""
+    return {name: int(row[slot]) if name in _COUNTS else row[slot] for name, slot in METRICS.items()}
 
 
 def _centralised(grad: Tensor) -> Tensor:
@@ -374,7 +534,7 @@ def _centralised(grad: Tensor) -> Tensor:
     return grad - grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True)
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any], state_bits: int) -> None:
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -386,6 +546,10 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in ("eps", "weight_decay"):
         if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"{name} is {group[name]}; expected a finite value of at least 0")
+    if state_bits == 8 and not group["use_lion"]:
+        raise ValueError("state_bits=8 needs use_lion=True: the second moment of the AdamW rule has no 8-bit form")
     for p in group["params"]:
         if p.is_complex():
             raise ValueError("CruxyOptimizer does not support complex parameters; use torch.view_as_real")
+        if state_bits == 8 and p.dtype == torch.float64:
+            raise ValueError("state_bits=8 does not support float64 parameters; use state_bits=32")

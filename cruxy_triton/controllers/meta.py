@@ -21,7 +21,9 @@ def slow_loop(control: Tensor, *, bounded: bool = True) -> None:
         s <- s exp(-kappa tanh z)                                                  (eq 10)
         beta2 <- beta2 + kappa_beta2 tanh(z) (1 - beta2)
 
-    Nothing moves in a skipped step, nor before there are two values to compare.
+    It acts in every N-th call of the optimizer's step and does nothing in the others (the host calls it only
+    then, unless the step is captured in a CUDA graph). Nothing moves in a skipped step, nor before there are
+    two values to compare.
 
     Args:
         control: float32 (num_rows, NUM_SLOTS), after `control_step(law="meta3")` of the same step.
@@ -29,7 +31,8 @@ def slow_loop(control: Tensor, *, bounded: bool = True) -> None:
     """
     slot = control.unbind(1)
     v_fast, step = slot[L.V_FAST], slot[L.STEP]
-    active = (slot[L.SKIP] == 0) & (step >= 2)
+    due = torch.remainder(step + slot[L.SKIPPED], slot[L.META_INTERVAL]) == 0
+    active = due & (slot[L.SKIP] == 0) & (step >= 2)
 
     history = control[:, L.META_HISTORY : L.META_HISTORY + L.META_HISTORY_LEN]
     sigma_ref = history.sum(1) / step.clamp(1, L.META_HISTORY_LEN)

@@ -4,10 +4,28 @@
     control_step(control, telemetry, loss, law="meta3")      # the per-step law, in place
     lion_update_(params, grads, exp_avgs, control)           # or adamw_update_
 
-Nothing in between is read by the host. `layout` names the slots of the control vector.
+Nothing in between is read by the host. `layout` names the slots of the control vector; `explain(device)`
+says which backend serves a device, and why.
 """
 
 from cruxy_kernels import layout
-from cruxy_kernels.reference import adamw_update_, control_step, gradient_telemetry, lion_update_
+from cruxy_kernels.dispatch import (
+    adamw_update_,
+    control_step,
+    dequantize_blockwise,
+    explain,
+    gradient_telemetry,
+    lion_update_,
+    quantize_blockwise,
+)
 
-__all__ = ["adamw_update_", "control_step", "gradient_telemetry", "layout", "lion_update_"]
+__all__ = [
+    "adamw_update_",
+    "control_step",
+    "dequantize_blockwise",
+    "explain",
+    "gradient_telemetry",
+    "layout",
+    "lion_update_",
+    "quantize_blockwise",
+]

@@ -13,7 +13,7 @@ Only plain integers and floats are here, so the Triton kernels take them as `tl.
 Constants: "paper" is the Cruxy white paper v2.1; "SDK" marks facts read off PyPI `cruxy` 2.1.0.
 """
 
-# -- inputs ---------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------
 LR = 0  # the group's learning rate: the user's and the scheduler's
 WEIGHT_DECAY = 1
 BETA1 = 2
@@ -30,7 +30,7 @@ LR_MAX = 12
 GUARD = 13  # 1: outlier steps stay out of the statistics, and the early warning may halve LR_SCALE
 NUM_INPUTS = 16  # 14 and 15 are spare, so that a later input does not move the state
 
-# -- state ----------------------------------------------------------------------------------------------
+# -- state ------------------------------------------------------------------
 STEP = 16  # steps taken (skipped ones not counted) by the optimizer
 AGE = 17  # the same since this row exists: the t of the bias corrections
 SKIPPED = 18  # steps skipped because of a non-finite gradient or loss
@@ -51,7 +51,7 @@ FAST_HISTORY_LEN = 14
 META_HISTORY = 46  # the last 50 values of v_fast after correction, newest first
 META_HISTORY_LEN = 50
 
-# -- outputs --------------------------------------------------------------------------------------------
+# -- outputs ------------------------------------------------------------------
 OUTPUTS = 96
 LR_OUT = 96  # eta_final
 BETA1_OUT = 97
@@ -77,7 +77,7 @@ MAX_ABS = 2  # max |g| over finite elements
 COUNT_NONFINITE = 3
 NUM_TELEMETRY = 4
 
-# -- the laws ---------------------------------------------------------------------------------------------
+# -- the laws ------------------------------------------------------------------
 STABILITY_V1 = 1
 STABILITY_V2 = 2
 META3 = 3

@@ -4,8 +4,7 @@ A step is three calls, `gradient_telemetry` -> `control_step` -> `lion_update_` 
 reads nothing in between, so they run on any device without a synchronisation. The laws are those of the
 Cruxy white paper v2.1 (equation numbers below) with the constants of `layout.py`.
 
-The per-tensor work runs over pieces that fit the cache of a core: `_Plan` maps many tensors onto a few
-flat fp32 buffers, so that a model of 300 small tensors costs tens of operators and not thousands.
+The per-tensor work runs over pieces that fit the cache (`pieces.py`).
 """
 
 import functools
@@ -17,85 +16,11 @@ import torch
 from torch import Tensor
 
 from cruxy_kernels import layout as L
+from cruxy_kernels.codec_reference import BLOCK, decode_rows, encode_rows
+from cruxy_kernels.pieces import Piece, copy_all, cut
+from cruxy_kernels.rounding_reference import random_bits, round_stochastic
 
-# Elements a piece: five fp32 buffers of it stay in a 1 MiB second-level cache. On an accelerator a launch
-# costs more than a cache miss, so pieces are larger there.
-_PIECE = {"cpu": 1 << 15}
-_PIECE_ACCELERATOR = 1 << 24
-
-
-# -- many tensors as a few flat buffers ---------------------------------------------------------------------
-
-
-class _Piece:
-    """A run of tensors (or one slice of a large tensor) and the views of the flat buffers that hold it."""
-
-    def __init__(self, indices: list[int], shapes: list[torch.Size], start: int, numel: int, buffers: Tensor):
-        self.indices = indices
-        self.start, self.numel = start, numel  # the slice of the only tensor when `sliced`
-        self.sliced = len(shapes) == 0
-        self.flat = buffers[:, :numel].unbind(0)
-        self.views: list[list[Tensor]] = []
-        for flat in self.flat:
-            if self.sliced:
-                self.views.append([flat])
-            else:
-                parts = flat.split([math.prod(shape) for shape in shapes])
-                self.views.append([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
-
-    def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        if self.sliced:
-            return [tensors[self.indices[0]].detach().view(-1)[self.start : self.start + self.numel]]
-        return [tensors[i] for i in self.indices]
-
-
-@functools.lru_cache(maxsize=32)
-def _plan(
-    shapes: tuple[torch.Size, ...],
-    sliceable: tuple[bool, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    buffers: int,
-) -> list[_Piece]:
-    """Cut the tensors into pieces; the buffers are shared by all of them and kept for the next step."""
-    limit = _PIECE.get(device.type, _PIECE_ACCELERATOR)
-    runs: list[tuple[list[int], int, int]] = []
-    run: list[int] = []
-    filled = 0
-    for index, shape in enumerate(shapes):
-        numel = math.prod(shape)
-        if numel == 0:
-            continue
-        if run and filled + numel > limit:
-            runs.append((run, 0, filled))
-            run, filled = [], 0
-        if numel > limit and sliceable[index]:
-            runs.extend(([index], start, min(limit, numel - start)) for start in range(0, numel, limit))
-        else:
-            run.append(index)
-            filled += numel
-    if run:
-        runs.append((run, 0, filled))
-    storage = torch.empty(
-        (buffers, max((numel for _, _, numel in runs), default=0)), dtype=dtype, device=device
-    )
-    pieces = []
-    for indices, start, numel in runs:
-        whole = len(indices) > 1 or math.prod(shapes[indices[0]]) == numel
-        piece_shapes = [shapes[i] for i in indices] if whole else []
-        pieces.append(_Piece(indices, piece_shapes, start, numel, storage))
-    return pieces
-
-
-def _pieces(buffers: int, dtype: torch.dtype, *lists: Sequence[Tensor]) -> list[_Piece]:
-    first = lists[0]
-    if not first:
-        return []
-    sliceable = tuple(all(tensors[i].is_contiguous() for tensors in lists) for i in range(len(first)))
-    return _plan(tuple(t.shape for t in first), sliceable, first[0].device, dtype, buffers)
-
-
-# -- telemetry ------------------------------------------------------------------------------------------------
+# -- telemetry ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -133,8 +58,8 @@ def gradient_telemetry(
         out = torch.stack([_statistics(g.detach().float().reshape(-1), gamma) for g in grads])
     else:
         parts = []
-        for piece in _pieces(3, torch.float32, grads):
-            torch._foreach_copy_(piece.views[0], piece.select(grads))
+        for piece in cut(3, torch.float32, grads):
+            copy_all(piece.views[0], piece.select(grads))
             parts.append(_statistics(piece.flat[0], gamma, piece.flat[1], piece.flat[2]))
         if not parts:
             return torch.zeros(L.NUM_TELEMETRY, device=grads[0].device)
@@ -165,7 +90,7 @@ def _statistics(g: Tensor, gamma: float, a: Tensor | None = None, b: Tensor | No
     return torch.stack([sum_pow, sum_sq, max_abs, g.numel() - finite.sum()])
 
 
-# -- control --------------------------------------------------------------------------------------------------
+# -- control ------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
@@ -341,7 +266,7 @@ def control_step(
     control[:, L.NONFINITE] = nonfinite
 
 
-# -- updates ------------------------------------------------------------------------------------------------------
+# -- updates ------------------------------------------------------------------
 
 
 def _row_runs(rows: Sequence[int] | None, count: int) -> list[tuple[int, list[int]]]:
@@ -357,7 +282,7 @@ class _Row:
 
     def __init__(self, control: Tensor, row: int, grad_scale: Tensor | None, maximize: bool):
         slot = control[row].unbind(0)
-        self.skip = slot[L.SKIP] > 0
+        self.skip, self.step = slot[L.SKIP] > 0, slot[L.STEP]
         self.beta1, self.beta2 = slot[L.BETA1_OUT], slot[L.BETA2_OUT]
         self.lr, self.eps = slot[L.LR_OUT], slot[L.EPS]
         self.weight_decay = slot[L.WEIGHT_DECAY]
@@ -369,10 +294,23 @@ class _Row:
         self.correction2_sqrt = slot[L.BIAS_CORRECTION2_SQRT]
 
 
-def _scale_steps(piece: _Piece, views: list[Tensor], lr_multipliers: Tensor | None) -> None:
+def _scale_steps(piece: Piece, views: list[Tensor], lr_multipliers: Tensor | None) -> None:
     if lr_multipliers is not None:
         factors = lr_multipliers.unbind(0)
-        torch._foreach_mul_(views, [factors[i] for i in piece.indices])
+        torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+            views, [factors[i] for i in piece.indices]
+        )
+
+
+def _store(
+    params: list[Tensor], value: Tensor, views: list[Tensor], piece: Piece, numbers: list[int], step: Tensor
+) -> None:
+    """Write fp32 values into the parameters; 16-bit ones are rounded stochastically."""
+    if params[0].dtype in (torch.float16, torch.bfloat16):
+        random = random_bits(step, [numbers[i] for i in piece.indices], piece.sizes, piece.start)
+        # A representable value survives the rounding, so parameters of a skipped step keep their bits.
+        value.copy_(round_stochastic(value, random, params[0].dtype))
+    copy_all(params, views)
 
 
 @torch.no_grad()
@@ -382,6 +320,7 @@ def lion_update_(
     exp_avgs: Sequence[Tensor],
     control: Tensor,
     *,
+    exp_avg_scales: Sequence[Tensor] | None = None,
     rows: Sequence[int] | None = None,
     lr_multipliers: Tensor | None = None,
     grad_scale: Tensor | None = None,
@@ -394,37 +333,61 @@ def lion_update_(
         p <- p - lr (multiplier u + weight_decay p)
         m <- beta2 m + (1 - beta2) g
 
-    Where SKIP is set, parameters and momentum keep their bits.
+    Everything is computed in fp32; 16-bit parameters are rounded stochastically (`rounding_reference.py`),
+    the tensor number being the position in `params`. Where SKIP is set, parameters and momentum keep
+    their bits.
 
     Args:
-        params, grads: tensors of the same shapes, float32, bfloat16 or float16, on one device.
-        exp_avgs: float32 momentum `m`, of the same shapes.
+        params, grads: tensors of the same shapes, on one device; the parameters all of one dtype, float32,
+            bfloat16, float16 or float64.
+        exp_avgs: momentum `m` of the same shapes: float32 (float64 for float64 parameters), or the int8
+            codes of `quantize_blockwise`.
         control: float32 (num_rows, layout.NUM_SLOTS), after `control_step`.
+        exp_avg_scales: bfloat16 (ceil(numel/64),) for each tensor, with int8 codes only.
         rows: control row of each tensor; all in row 0 without it.
         lr_multipliers: float32 (len(params),), scales the step of each tensor (not its weight decay).
         grad_scale: 0-dim or 1-element tensor of torch's GradScaler.
         maximize: ascend instead of descend.
     """
+    coded = exp_avg_scales is not None
     for row, indices in _row_runs(rows, len(params)):
         c = _Row(control, row, grad_scale, maximize)
         p_list, g_list, m_list = ([ts[i] for i in indices] for ts in (params, grads, exp_avgs))
+        s_list = [] if exp_avg_scales is None else [exp_avg_scales[i] for i in indices]
         multipliers = None if lr_multipliers is None else lr_multipliers[indices]
         keep = 1 - c.lr * c.weight_decay
-        for piece in _pieces(4, exp_avgs[0].dtype, p_list, g_list, m_list):
+        dtype = torch.float32 if coded else exp_avgs[0].dtype
+        for piece in cut(4, dtype, p_list, g_list, m_list, coded=coded):
             (p, g, m, u), (p_views, g_views, m_views, u_views) = piece.flat, piece.views
             p_piece, m_piece = piece.select(p_list), piece.select(m_list)
-            torch._foreach_copy_(p_views, p_piece)
-            torch._foreach_copy_(g_views, piece.select(g_list))
-            torch._foreach_copy_(m_views, m_piece)
+            copy_all(p_views, p_piece)
+            if coded:
+                if piece.padded:  # stale values behind a tensor would enter the scale of its short block
+                    g.zero_()
+                    piece.codes.zero_()
+                s_piece = piece.select(s_list, BLOCK)
+                copy_all(piece.code_views, m_piece)
+                copy_all(piece.scale_views, s_piece)
+                m.copy_(decode_rows(piece.codes.view(-1, BLOCK), piece.scales).view(-1))
+            else:
+                copy_all(m_views, m_piece)
+            copy_all(g_views, piece.select(g_list))
             g.mul_(c.gradient)
             torch.lerp(g, m, c.beta1, out=u).sign_()
             _scale_steps(piece, u_views, multipliers)
             u.mul_(-c.lr).addcmul_(p, keep)
             g.lerp_(m, c.beta2)
             torch.where(c.skip, p, u, out=p)
-            torch.where(c.skip, m, g, out=m)
-            _store(p_piece, p_views)
-            torch._foreach_copy_(m_piece, m_views)
+            _store(p_piece, p, p_views, piece, indices, c.step)
+            if coded:
+                codes, scales = encode_rows(g.view(-1, BLOCK))
+                torch.where(c.skip, piece.codes, codes.view(-1), out=piece.codes)
+                torch.where(c.skip, piece.scales, scales, out=piece.scales)
+                copy_all(m_piece, piece.code_views)
+                copy_all(s_piece, piece.scale_views)
+            else:
+                torch.where(c.skip, m, g, out=m)
+                copy_all(m_piece, m_views)
 
 
 @torch.no_grad()
@@ -454,7 +417,7 @@ def adamw_update_(
     Where SKIP is set, parameters and state keep their bits.
 
     Args:
-        exp_avg_sqs: float32 second moment `v`, of the parameters' shapes.
+        exp_avgs, exp_avg_sqs: first and second moment, float32 (float64 for float64 parameters).
         nesterov: look one step of momentum ahead (the SDK's default).
         decoupled: weight decay on the parameter (AdamW) and not through the gradient (Adam).
         The others are those of `lion_update_`.
@@ -466,25 +429,25 @@ def adamw_update_(
         multipliers = None if lr_multipliers is None else lr_multipliers[indices]
         keep = 1 - c.lr * c.weight_decay
         step_size = c.lr * c.correction2_sqrt / c.correction1
-        for piece in _pieces(6, exp_avgs[0].dtype, p_list, g_list, m_list, v_list):
+        for piece in cut(6, exp_avgs[0].dtype, p_list, g_list, m_list, v_list):
             (p, g, m, v, u, w), (p_views, g_views, m_views, v_views, u_views, _) = piece.flat, piece.views
             p_piece, m_piece, v_piece = piece.select(p_list), piece.select(m_list), piece.select(v_list)
-            torch._foreach_copy_(p_views, p_piece)
-            torch._foreach_copy_(g_views, piece.select(g_list))
-            torch._foreach_copy_(m_views, m_piece)
-            torch._foreach_copy_(v_views, v_piece)
+            copy_all(p_views, p_piece)
+            copy_all(g_views, piece.select(g_list))
+            copy_all(m_views, m_piece)
+            copy_all(v_views, v_piece)
             g.mul_(c.gradient)
             if not decoupled:
                 g.addcmul_(p, c.weight_decay)
             torch.lerp(g, m, c.beta1, out=u)
             torch.where(c.skip, m, u, out=m)
-            torch._foreach_copy_(m_piece, m_views)
+            copy_all(m_piece, m_views)
             if nesterov:
                 torch.lerp(g, u, c.beta1, out=u)
             g.mul_(g)
             torch.lerp(g, v, c.beta2, out=w)
             torch.where(c.skip, v, w, out=v)
-            torch._foreach_copy_(v_piece, v_views)
+            copy_all(v_piece, v_views)
             u.div_(w.sqrt_().add_(c.eps))
             _scale_steps(piece, u_views, multipliers)
             u.mul_(-step_size)
@@ -493,9 +456,4 @@ def adamw_update_(
             else:
                 u.add_(p)
             torch.where(c.skip, p, u, out=p)
-            _store(p_piece, p_views)
-
-
-def _store(params: list[Tensor], values: list[Tensor]) -> None:
-    """Write fp32 values into the parameters, rounding where their dtype is narrower."""
-    torch._foreach_copy_(params, values)
+            _store(p_piece, p, p_views, piece, indices, c.step)

@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cruxy_kernels.launch import MAX_REGISTERS
+
 # Threads, registers, blocks and shared memory (KiB) of a multiprocessor. CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability".
 MULTIPROCESSOR = {
@@ -46,6 +48,7 @@ class Variant:
     constants: dict[str, Any]
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
+    max_registers: int = MAX_REGISTERS
     wide_loads: int = 0  # 128-bit loads a thread needs for its parameters and gradients, once
     bytes_moved: float = 0.0  # bytes a parameter
     floor: float | None = None  # the bytes a parameter that architecture.md counts
@@ -94,7 +97,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
     return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps}
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
     )
 
 

@@ -28,7 +28,8 @@ NUMEL = tl.constexpr(6)
 GROUP = tl.constexpr(7)
 ALIGNED = tl.constexpr(8)
 FIRST_BLOCK = tl.constexpr(9)
-COLUMNS = tl.constexpr(10)
+INDEX = tl.constexpr(10)  # in the caller's list: for multipliers and random bits
+COLUMNS = tl.constexpr(11)
 
 # Elements a program works on: 8 a thread with 4 warps, and two programs for the smallest LoRA tensors (2,048).
 CHUNK = 1024
@@ -60,20 +61,28 @@ class TableCache:
         self.rows_built = 0
         self.maps_built = 0
 
-    def get(self, columns: dict[int, Sequence[Tensor]], groups: Sequence[int] | None = None) -> TensorTable:
+    def get(
+        self,
+        columns: dict[int, Sequence[Tensor]],
+        groups: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> TensorTable:
         """The table with these tensors; `columns` maps a column's number to one contiguous tensor a row.
 
-        groups: the control row of each tensor, 0 where None. All tensors are on one device; those of a row have
+        groups: the control row of each tensor, 0 where None. indices: its place in the caller's list, counted
+        from 0 where None. All tensors are on one device; those of a row have
         the row's number of elements, except scales.
         """
         lists = list(columns.values())
         numels = tuple([t.numel() for t in lists[0]])
         addresses = tuple([tuple([t.data_ptr() for t in column]) for column in lists])
         device = lists[0][0].device
-        key = (device, tuple(columns), numels, addresses, None if groups is None else tuple(groups))
+        groups = None if groups is None else tuple(groups)
+        indices = None if indices is None else tuple(indices)
+        key = (device, tuple(columns), numels, addresses, groups, indices)
         table = self._tables.get(key)
         if table is None:
-            table = self._build(device, tuple(columns), numels, addresses, groups)
+            table = self._build(device, tuple(columns), numels, addresses, groups, indices)
             self._tables[key] = table
             if len(self._tables) > CACHED_TABLES:
                 self._tables.popitem(last=False)
@@ -90,6 +99,7 @@ class TableCache:
         numels: tuple[int, ...],
         addresses: tuple[tuple[int, ...], ...],
         groups: Sequence[int] | None,
+        indices: Sequence[int] | None,
     ) -> TensorTable:
         block_tensor, block_chunk, first_blocks = self._map(device, numels)
         rows = torch.zeros((len(numels), COLUMNS.value), dtype=torch.int64)
@@ -98,6 +108,7 @@ class TableCache:
         rows[:, NUMEL.value] = torch.tensor(numels)
         if groups is not None:
             rows[:, GROUP.value] = torch.tensor(groups)
+        rows[:, INDEX.value] = torch.arange(len(numels)) if indices is None else torch.tensor(indices)
         rows[:, ALIGNED.value] = (pointers % ALIGNMENT == 0).all(dim=0)
         rows[:, FIRST_BLOCK.value] = torch.tensor(first_blocks)
         self.rows_built += 1
@@ -154,27 +165,24 @@ def element_type(dtype: torch.dtype) -> str:
     return names[dtype]
 
 
-@triton.jit
-def element_pointer(address, TYPE: tl.constexpr):
-    """`address` (int64) as a pointer to elements of TYPE; bfloat16 as int16, see load_values."""
-    if TYPE == "fp32":
-        return address.to(tl.pointer_type(tl.float32))
-    elif TYPE == "fp16":
-        return address.to(tl.pointer_type(tl.float16))
-    elif TYPE == "bf16":
-        return address.to(tl.pointer_type(tl.int16))
-    else:
-        tl.static_assert(TYPE == "int8")
-        return address.to(tl.pointer_type(tl.int8))
+# The pointer casts stand inside load_raw and store_raw: a hint put on the result of a call is lost when the call
+# is inlined, and without the hint every access falls to one element.
 
 
 @triton.jit
 def load_raw(address, start, local, remaining, TYPE: tl.constexpr, MASKED: tl.constexpr):
-    """The stored elements start + local of the tensor at `address`; 0 where local >= remaining when MASKED.
+    """The stored elements start + local of the tensor at `address` (int64); 0 from `remaining` on when MASKED.
 
-    Unmasked loads promise 16-byte alignment: without that promise every load falls to one element.
+    Unmasked, the address has to be a multiple of 16. bfloat16 elements are int16 bits.
     """
-    pointer = element_pointer(address, TYPE)
+    if TYPE == "fp32":
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif TYPE == "fp16":
+        pointer = address.to(tl.pointer_type(tl.float16))
+    elif TYPE == "bf16":
+        pointer = address.to(tl.pointer_type(tl.int16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int8))
     if MASKED:
         return tl.load(pointer + start + local, mask=local < remaining, other=0)
     else:
@@ -182,20 +190,27 @@ def load_raw(address, start, local, remaining, TYPE: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
+def store_raw(address, start, local, remaining, values, TYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Stores what load_raw loads."""
+    if TYPE == "fp32":
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif TYPE == "fp16":
+        pointer = address.to(tl.pointer_type(tl.float16))
+    elif TYPE == "bf16":
+        pointer = address.to(tl.pointer_type(tl.int16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int8))
+    if MASKED:
+        tl.store(pointer + start + local, values, mask=local < remaining)
+    else:
+        tl.store(tl.multiple_of(pointer, 16) + start + local, values)
+
+
+@triton.jit
 def load_values(address, start, local, remaining, TYPE: tl.constexpr, MASKED: tl.constexpr):
-    """The same as fp32 values. bfloat16 is the upper half of an fp32: sm_75 has no conversion for it."""
+    """What load_raw loads, as fp32. A bfloat16 is the upper half of an fp32: sm_75 cannot convert it."""
     raw = load_raw(address, start, local, remaining, TYPE, MASKED)
     if TYPE == "bf16":
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return raw.to(tl.float32)
-
-
-@triton.jit
-def store_raw(address, start, local, remaining, values, TYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Stores what load_raw loads."""
-    pointer = element_pointer(address, TYPE)
-    if MASKED:
-        tl.store(pointer + start + local, values, mask=local < remaining)
-    else:
-        tl.store(tl.multiple_of(pointer, 16) + start + local, values)

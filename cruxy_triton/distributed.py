@@ -1,0 +1,99 @@
+"""Statistics that agree on every rank: DTensor parameters (FSDP2, tensor parallel) and losses that differ.
+
+Under DDP every rank holds the same gradients, so only the loss has to be averaged. Under FSDP2 a rank holds
+shards: its four telemetry numbers are gathered from the ranks of the mesh and combined in rank order, which
+gives every rank the same bits. Without torch.distributed nothing here costs anything.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_kernels import layout as L
+from cruxy_kernels.codec_reference import scale_count
+
+
+def active() -> bool:
+    """Whether a process group exists, so that parameters may be DTensors."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds; the tensor itself where it is not a DTensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def local_grad(param: Any, grad: Any) -> Tensor:
+    """This rank's part of a gradient, laid out as its parameter is."""
+    if not is_sharded(grad):
+        return grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
+
+
+def statistics_key(param: Any) -> Any:
+    """Parameters with equal keys share one reduction; None where a rank holds all of the parameter."""
+    if not is_sharded(param):
+        return None
+    sharded = tuple(i for i, placement in enumerate(param.placements) if placement.is_shard())
+    return (param.device_mesh, sharded) if sharded else None
+
+
+def combine(parts: Tensor) -> Tensor:
+    """One telemetry vector (4,) from the rows of (n, 4): sums, and the maximum of MAX_ABS."""
+    total = parts.sum(0)
+    total[L.MAX_ABS] = parts[:, L.MAX_ABS].amax()
+    return total
+
+
+def over_mesh(telemetry: Tensor, key: Any) -> Tensor:
+    """Combine the ranks' telemetry over the mesh dimensions that shard the parameters of `key`."""
+    mesh, dimensions = key
+    for dimension in dimensions:
+        telemetry = combine(_gathered(telemetry, mesh.get_group(dimension)))
+    return telemetry
+
+
+def mean_loss(loss: Tensor, group: Any) -> Tensor:
+    """The mean over the ranks of `group` ("auto": all of them; None: the loss as it is)."""
+    if group is None:
+        return loss
+    group = None if group == "auto" else group
+    if dist.get_world_size(group) == 1:
+        return loss
+    return _gathered(loss.reshape(1), group).mean()
+
+
+def _gathered(value: Tensor, group: Any) -> Tensor:
+    out = value.new_empty((dist.get_world_size(group), value.numel()))
+    dist.all_gather_into_tensor(out.view(-1), value.contiguous(), group=group)
+    return out
+
+
+def scales_like(param: Any) -> Tensor:
+    """Zero scales of the 8-bit momentum for a parameter; a DTensor where the parameter is one.
+
+    Every rank keeps as many as the rank with the largest shard needs, so that the whole is evenly sharded.
+    """
+    if not is_sharded(param):
+        return torch.zeros(scale_count(param.numel()), dtype=torch.bfloat16, device=param.device)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    shape = list(param.shape)
+    placements = []
+    for dimension, placement in enumerate(param.placements):
+        if placement.is_shard():
+            shape[placement.dim] = -(-shape[placement.dim] // param.device_mesh.size(dimension))
+            placements.append(Shard(0))
+        else:
+            placements.append(Replicate())
+    count = scale_count(torch.Size(shape).numel())
+    scales = torch.zeros(count, dtype=torch.bfloat16, device=param.to_local().device)
+    return DTensor.from_local(scales, param.device_mesh, placements, run_check=False)

@@ -1,0 +1,96 @@
+"""Launches: the one place that starts a kernel, and the one that makes tensors fit for a table.
+
+`observers` are called with the name of each kernel that is started; tests and benchmarks count with them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cruxy_kernels.tables import TensorTable, element_type, tables
+
+NUM_WARPS = 4
+MAX_REGISTERS = 64  # a thread: the most with which sm_75 holds its 1,024 threads
+LIMITS = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+
+observers: list[Callable[[str], None]] = []
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WARPS, **constants: Any) -> None:
+    """Starts `programs` programs of a @triton.jit function on the current stream of its tensors' device."""
+    if programs == 0:
+        return
+    for observer in observers:
+        observer(kernel.__name__)
+    kernel[(programs,)](*arguments, num_warps=num_warps, **LIMITS, **constants)
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Makes `device` current, because Triton launches on the current one."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
+@dataclass
+class Batch:
+    """The tensors of one launch: one device, one dtype in each column."""
+
+    device: torch.device
+    types: tuple[str, ...]  # element types, in the order of the columns
+    table: TensorTable
+    indices: list[int]  # of its tensors, in the caller's list
+    copied: list[tuple[Tensor, Tensor]]  # (tensor, the contiguous copy that stands in for it)
+
+    def finish(self) -> None:
+        """Writes the copies back."""
+        for tensor, copy in self.copied:
+            tensor.copy_(copy)
+
+
+def batches(
+    columns: dict[int, Sequence[Tensor]],
+    groups: Sequence[int] | None = None,
+    read_only: tuple[int, ...] = (),
+) -> Iterator[Batch]:
+    """The tensors as few launches as their devices and dtypes allow.
+
+    columns: tables.PARAM and so on -> a list of tensors, all lists of one length. A tensor that is not
+    contiguous is served through a copy, written back by `finish` unless its column is in `read_only`.
+    Raises ValueError for lists of different lengths, TypeError for dtypes that no kernel serves.
+    """
+    lists = list(columns.values())
+    count = len(lists[0])
+    for tensors in lists:
+        if len(tensors) != count:
+            raise ValueError(f"expected lists of one length, got {[len(tensors) for tensors in lists]}")
+    kinds: dict[tuple, list[int]] = {}
+    for index, tensors in enumerate(zip(*lists, strict=True)):
+        key = (tensors[0].device, *[t.dtype for t in tensors])
+        kinds.setdefault(key, []).append(index)
+    for (device, *dtypes), indices in kinds.items():
+        whole = len(indices) == count
+        copied: list[tuple[Tensor, Tensor]] = []
+        chosen: dict[int, Sequence[Tensor]] = {}
+        for column, tensors in columns.items():
+            part = tensors if whole else [tensors[i] for i in indices]
+            if not all([t.is_contiguous() for t in part]):
+                part = [t.contiguous() for t in part]
+                if column not in read_only:
+                    originals = [tensors[i] for i in indices]
+                    copied += [(t, c) for t, c in zip(originals, part, strict=True) if t is not c]
+            chosen[column] = part
+        with on_device(device):
+            table = tables.get(
+                chosen,
+                groups if whole or groups is None else [groups[i] for i in indices],
+                None if whole else indices,
+            )
+            yield Batch(device, tuple([element_type(dtype) for dtype in dtypes]), table, indices, copied)
