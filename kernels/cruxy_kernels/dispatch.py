@@ -116,7 +116,7 @@ def choose(
         return "torch"
     chosen = explain(tensors[0].device, backend)[0]
     if chosen == "native":
-        obstacle = native.obstacle(tensors, momentum=momentum)
+        obstacle = native.obstacle(tensors, momentum)
         if obstacle is not None:
             if not _open(backend):
                 raise TypeError(f"backend 'native' cannot serve {obstacle}")

@@ -107,15 +107,18 @@ def _compile(compiler: str, path: Path) -> None:
             os.unlink(temporary)
 
 
-def obstacle(*lists: Sequence[Tensor], momentum: Sequence[Tensor] = ()) -> str | None:
+def obstacle(tensors: Sequence[Tensor], momentum: Sequence[Tensor] = ()) -> str | None:
     """Why these tensors cannot be served, or None."""
-    for tensors in lists:
-        for t in tensors:
-            if t.dtype != torch.float32 or not t.is_contiguous() or t.device.type != "cpu":
-                return f"a {t.dtype} tensor on {t.device} with strides {t.stride()}: needs contiguous float32 on cpu"
-    for t in momentum:
-        if t.dtype not in (torch.float32, torch.int8) or not t.is_contiguous():
-            return f"momentum of {t.dtype} with strides {t.stride()}: needs contiguous float32 or int8"
+    dtypes = {t.dtype for t in tensors}
+    if dtypes - {torch.float32}:
+        return f"{', '.join(sorted(map(str, dtypes)))} parameters or gradients: it needs float32"
+    dtypes = {t.dtype for t in momentum}
+    if len(dtypes) > 1 or dtypes - {torch.float32, torch.int8}:
+        return f"{', '.join(sorted(map(str, dtypes)))} momentum: it needs float32 or int8"
+    if not all([t.is_cpu and t.is_contiguous() for t in tensors]):
+        return "tensors that are not contiguous or not on the CPU"
+    if not all([t.is_contiguous() for t in momentum]):
+        return "momentum that is not contiguous"
     return None
 
 
@@ -134,6 +137,7 @@ class _Tables:
         key = tuple([tuple(column) for column in values])
         table = self._kept.get(key)
         if table is None:
+            _check_columns(columns)
             table = torch.tensor([*values, list(range(count))], dtype=torch.int64).T.contiguous()
             self._kept[key] = table
             if len(self._kept) > 16:
@@ -141,6 +145,21 @@ class _Tables:
         else:
             self._kept.move_to_end(key)
         return table
+
+
+def _check_columns(columns: Sequence[Sequence[Tensor] | None]) -> None:
+    """Raises ValueError where the tensors of a row differ in length, or scales do not fit their codes."""
+    for name, column in zip(("params", "grads", "exp_avgs", "scales", "exp_avg_sqs"), columns, strict=True):
+        if column is None:
+            continue
+        expected = [t.numel() for t in next(c for c in columns if c is not None)]
+        if name == "scales":
+            expected = [scale_count(n) for n in expected]
+            if any(t.dtype != torch.bfloat16 or not t.is_contiguous() for t in column):
+                raise TypeError("exp_avg_scales must be contiguous bfloat16 tensors, as quantize_blockwise makes them")
+        found = [t.numel() for t in column]
+        if found != expected:
+            raise ValueError(f"{name} have {found[:4]}... elements, expected {expected[:4]}...")
 
 
 _tables = _Tables()
@@ -204,13 +223,6 @@ def lion_update_(
     maximize: bool = False,
 ) -> None:
     """Lion in place; arguments, formula and errors as `reference.lion_update_`."""
-    if exp_avg_scales is not None:
-        for codes, scales in zip(exp_avgs, exp_avg_scales, strict=True):
-            if scales.numel() != scale_count(codes.numel()) or scales.dtype != torch.bfloat16:
-                raise ValueError(
-                    f"{codes.numel()} codes came with scales of shape {tuple(scales.shape)} and {scales.dtype}; "
-                    f"expected bfloat16 ({scale_count(codes.numel())},)"
-                )
     table = _tables.get([params, grads, exp_avgs, exp_avg_scales, None], rows)
     values = _values(control, grad_scale, maximize)
     multipliers = None if lr_multipliers is None else lr_multipliers.float().contiguous()
