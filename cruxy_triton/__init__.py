@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cruxy_kernels as kernels
-
     from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
 
 __version__ = "0.1.0"

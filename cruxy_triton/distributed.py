@@ -5,7 +5,6 @@ shards: its four telemetry numbers are gathered from the ranks of the mesh and c
 gives every rank the same bits. Without torch.distributed nothing here costs anything.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,13 +46,10 @@ def statistics_key(param: Any) -> Any:
     return (param.device_mesh, sharded) if sharded else None
 
 
-def combine(parts: Sequence[Tensor]) -> Tensor:
-    """One telemetry vector from several, in their order: sums, and the maximum of MAX_ABS."""
-    if len(parts) == 1:
-        return parts[0]
-    table = torch.stack(list(parts))
-    total = table.sum(0)
-    total[L.MAX_ABS] = table[:, L.MAX_ABS].amax()
+def combine(parts: Tensor) -> Tensor:
+    """One telemetry vector (4,) from the rows of (n, 4): sums, and the maximum of MAX_ABS."""
+    total = parts.sum(0)
+    total[L.MAX_ABS] = parts[:, L.MAX_ABS].amax()
     return total
 
 
@@ -61,7 +57,7 @@ def over_mesh(telemetry: Tensor, key: Any) -> Tensor:
     """Combine the ranks' telemetry over the mesh dimensions that shard the parameters of `key`."""
     mesh, dimensions = key
     for dimension in dimensions:
-        telemetry = combine(_gathered(telemetry, mesh.get_group(dimension)).unbind(0))
+        telemetry = combine(_gathered(telemetry, mesh.get_group(dimension)))
     return telemetry
 
 

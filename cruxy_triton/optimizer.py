@@ -71,6 +71,7 @@ class CruxyOptimizer(Optimizer):
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
         maximize: ascend.
         state_bits: 32, or 8 for int8 momentum with a bfloat16 scale for each 64 values (Lion rule only).
+        backend: "triton" or "torch"; None lets the device decide (`cruxy_kernels.explain`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
             hold the step (changing learning rates then have to be tensors).
         history: how many past steps `history()` remembers (448 bytes each, on the parameters' device).
@@ -106,6 +107,7 @@ class CruxyOptimizer(Optimizer):
         state_bits: int = 32,
         bounds: tuple[float, float] | None = (0.1, 4.0),
         guard: bool = True,
+        backend: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
         history: int = 1000,
@@ -114,9 +116,7 @@ class CruxyOptimizer(Optimizer):
         if mode not in L.LAWS:
             raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(L.LAWS)}")
         if not (isinstance(meta_interval, int) and meta_interval >= 1):
-            raise ValueError(
-                f"meta_interval is {meta_interval!r}; expected a whole number of steps, at least 1"
-            )
+            raise ValueError(f"meta_interval is {meta_interval!r}; expected a whole number of steps, at least 1")
         if not 1.0 <= gamma_norm <= 4.0:
             raise ValueError(f"gamma_norm is {gamma_norm}; expected a value from 1 to 4")
         for name, value in (("meta_lr_eta", meta_lr_eta), ("meta_lr_beta2", meta_lr_beta2)):
@@ -124,12 +124,15 @@ class CruxyOptimizer(Optimizer):
                 raise ValueError(f"{name} is {value}; expected a value from 0 to below 1")
         if bounds is not None and not (len(bounds) == 2 and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
             raise ValueError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high, or None")
+        if backend not in (None, "triton", "torch"):
+            raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'torch' or None")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits is {state_bits!r}; expected 8 or 32")
         if not (isinstance(history, int) and history >= 0):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         self.mode = mode
         self.state_bits = state_bits
+        self.backend = backend
         self.process_group = process_group
         self.meta_lr_eta, self.meta_lr_beta2, self.meta_interval = meta_lr_eta, meta_lr_beta2, meta_interval
         self.gamma_norm = gamma_norm
@@ -184,8 +187,20 @@ class CruxyOptimizer(Optimizer):
         self._control = torch.cat([self._control, row[None]])
         self._row_group.append(group_index)
         self._row_born.append(None)
-        self._written = []
+        self._control_moved()
         return len(self._row_group) - 1
+
+    def _control_moved(self) -> None:
+        """Renew what refers to the control tensor: `group["control"]` and the `step` of a state are views.
+
+        They are there because torch.distributed.checkpoint saves the keys of the live groups and states.
+        """
+        self._written = []
+        for index, group in enumerate(self.param_groups):
+            if index in self._row_group:
+                group["mode"], group["control"] = self.mode, self._control[self._row_group.index(index)]
+        for p, row in self._param_row.items():
+            self.state[p]["step"] = self._control[row, L.AGE]
 
     def _assign_row(self, param: Tensor, group_index: int) -> None:
         """Give a tensor that joins in this call the row of its group and age."""
@@ -198,6 +213,7 @@ class CruxyOptimizer(Optimizer):
             self._row_born[row] = self._calls
             self._control[row, L.AGE] = 0
         self._param_row[param] = row
+        self.state[param]["step"] = self._control[row, L.AGE]
 
     def _write_inputs(self) -> None:
         """Copy the groups' settings into the control vector, where they changed."""
@@ -251,6 +267,7 @@ class CruxyOptimizer(Optimizer):
         device = batches[0].grads[0].device
         if self._control.device != device:
             self._control = self._control.to(device)
+            self._control_moved()
         control = self._control
         self._write_inputs()
         self._calls += 1
@@ -258,7 +275,9 @@ class CruxyOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         found_inf = found_inf.to(device, non_blocking=True) if isinstance(found_inf, Tensor) else None
         telemetry = self._telemetry(batches, device, grad_scale, found_inf)
-        kernels.control_step(control, telemetry, self._loss(loss, device), law=self.mode, found_inf=found_inf)
+        kernels.control_step(
+            control, telemetry, self._loss(loss, device), law=self.mode, found_inf=found_inf, backend=self.backend
+        )
         capturable = self.param_groups[0]["capturable"]
         if self.mode == "meta3" and (capturable or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None)
@@ -266,7 +285,7 @@ class CruxyOptimizer(Optimizer):
         for batch in batches:
             if batch.device not in controls:
                 controls[batch.device] = control.to(batch.device, non_blocking=True)
-            batch.update(controls[batch.device], grad_scale)
+            batch.update(controls[batch.device], grad_scale, self.backend)
         self._remember(control[0], capturable)
         return result
 
@@ -277,21 +296,24 @@ class CruxyOptimizer(Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> Tensor:
-        """The statistics over all gradients of all ranks, (4,) on `device`."""
+        """The statistics over all gradients of all ranks, (n, 4) on `device`: their sum is the total."""
         grads: dict[Any, list[Tensor]] = {}
         for batch in batches:
             for key, grad in zip(batch.keys, batch.grads, strict=True):
                 grads.setdefault(key, []).append(grad)
         parts = []
         for (_, mesh_key), tensors in grads.items():
-            part = kernels.gradient_telemetry(tensors, gamma=self.gamma_norm, grad_scale=grad_scale)
+            part = kernels.gradient_telemetry(
+                tensors, gamma=self.gamma_norm, grad_scale=grad_scale, partial=True, backend=self.backend
+            )
             part = part.to(device, non_blocking=True)
             if mesh_key is not None:
+                part = distributed.combine(part)
                 if found_inf is not None:  # a rank's GradScaler knows only its own shards
                     part[L.COUNT_NONFINITE] += found_inf.reshape(())
-                part = distributed.over_mesh(part, mesh_key)
+                part = distributed.over_mesh(part, mesh_key)[None]
             parts.append(part)
-        return distributed.combine(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _loss(self, loss: Any, device: torch.device) -> Tensor | None:
         """The loss as a 0-dim fp32 tensor on the control's device."""
@@ -405,9 +427,7 @@ class CruxyOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        kept.update(
-            {k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")}
-        )
+        kept.update({k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")})
         for transient in ("grad_scale", "found_inf", "_pending", "_zero_grad_profile_name"):
             kept.pop(transient, None)
         return kept
@@ -415,6 +435,11 @@ class CruxyOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_pending", None)
+        self._control_moved()
+
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if "control:" not in line and not line.startswith("       "))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit; see `checkpoint.pack` for the form."""
@@ -446,9 +471,7 @@ class MetaLion(CruxyOptimizer):
         for name, value in fixed.items():
             if kwargs.setdefault(name, value) != value:
                 raise ValueError(f"MetaLion is {name}={value!r}; use CruxyOptimizer for {kwargs[name]!r}")
-        super().__init__(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, state_bits=state_bits, **kwargs
-        )
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, state_bits=state_bits, **kwargs)
 
 
 class _Batch:
@@ -478,10 +501,11 @@ class _Batch:
         self.grads.append(grad)
         self.keys.append((grad.device, key))
         for name, tensor in state.items():
-            self.state.setdefault(name, []).append(tensor)
+            if name != "step":
+                self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
 
-    def update(self, control: Tensor, grad_scale: Tensor | None) -> None:
+    def update(self, control: Tensor, grad_scale: Tensor | None, backend: str | None) -> None:
         grads = self.grads
         if self.centralise:
             grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in grads]
@@ -489,13 +513,13 @@ class _Batch:
             kernels.lion_update_(
                 self.params, grads, self.state["exp_avg"], control,
                 exp_avg_scales=self.state.get("exp_avg_scale"),
-                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
+                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize, backend=backend,
             )  # fmt: skip
         else:
             kernels.adamw_update_(
                 self.params, grads, self.state["exp_avg"], self.state["exp_avg_sq"], control,
                 rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
-                nesterov=self.nesterov, decoupled=self.decoupled,
+                nesterov=self.nesterov, decoupled=self.decoupled, backend=backend,
             )  # fmt: skip
 
 
@@ -523,9 +547,9 @@ def _check_group(group: dict[str, Any], state_bits: int) -> None:
         if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"{name} is {group[name]}; expected a finite value of at least 0")
     if state_bits == 8 and not group["use_lion"]:
-        raise ValueError(
-            "state_bits=8 needs use_lion=True: the second moment of the AdamW rule has no 8-bit form"
-        )
+        raise ValueError("state_bits=8 needs use_lion=True: the second moment of the AdamW rule has no 8-bit form")
     for p in group["params"]:
         if p.is_complex():
             raise ValueError("CruxyOptimizer does not support complex parameters; use torch.view_as_real")
+        if state_bits == 8 and p.dtype == torch.float64:
+            raise ValueError("state_bits=8 does not support float64 parameters; use state_bits=32")

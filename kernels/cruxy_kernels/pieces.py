@@ -26,6 +26,7 @@ class Piece:
     indices: positions of the tensors in the caller's lists.
     sizes: elements each of them takes in the buffers (their own, rounded up to `align`).
     start: first element of the slice; 0 for a run.
+    padded: whether some size is larger than its tensor.
     flat, views: for each buffer, all of it (1-D) and its views in the tensors' shapes.
     codes, scales: the same for the 8-bit momentum, where there is one.
     """
@@ -35,6 +36,7 @@ class Piece:
     ):
         self.indices, self.shapes, self.sizes, self.start, self.sliced = indices, shapes, sizes, start, sliced
         self.numel = sum(sizes)
+        self.padded = self.numel > sum(math.prod(shape) for shape in shapes)
         self.flat: list[Tensor] = []
         self.views: list[list[Tensor]] = []
 

@@ -362,7 +362,9 @@ def lion_update_(
             p_piece, m_piece = piece.select(p_list), piece.select(m_list)
             copy_all(p_views, p_piece)
             if coded:
-                g.zero_()  # a stale value between two tensors would enter the scale of a short block
+                if piece.padded:  # stale values behind a tensor would enter the scale of its short block
+                    g.zero_()
+                    piece.codes.zero_()
                 s_piece = piece.select(s_list, BLOCK)
                 copy_all(piece.code_views, m_piece)
                 copy_all(piece.scale_views, s_piece)

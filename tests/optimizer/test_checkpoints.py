@@ -1,0 +1,353 @@
+"""Checkpoints: every mode, rule and codec continues bit for bit, through every way to save one."""
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from lion_pytorch import Lion
+from torch import nn
+
+from cruxy_triton import CruxyOptimizer, MetaLion
+
+SETTINGS = {
+    "adamw": {"use_lion": False},
+    "lion": {"use_lion": True, "betas": (0.9, 0.99)},
+    "lion8": {"use_lion": True, "betas": (0.9, 0.99), "state_bits": 8},
+}
+
+
+@pytest.fixture(params=list(SETTINGS))
+def codec(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(SETTINGS[request.param])
+
+
+def make(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[nn.Module, CruxyOptimizer]:
+    """A model of two groups (one with its own rate and decay) and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 3)).to(dtype)
+    groups = [
+        {"params": list(model[0].parameters())},
+        {"params": list(model[2].parameters()), "lr": 3e-3, "weight_decay": 0.0},
+    ]
+    return model, CruxyOptimizer(groups, lr=1e-3, **settings)
+
+
+def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        dtype = next(model.parameters()).dtype
+        x = torch.randn(16, 7, generator=generator).to(dtype)
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :3].sin()).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss.item()) if isinstance(optimizer, CruxyOptimizer) else optimizer.step()
+
+
+def same_state(a: CruxyOptimizer, b: CruxyOptimizer) -> bool:
+    def flat(optimizer: CruxyOptimizer) -> list[torch.Tensor]:
+        packed = optimizer.state_dict()
+        tensors = [t for i in sorted(packed["state"]) for _, t in sorted(packed["state"][i].items())]
+        return tensors + [g["control"] for g in packed["param_groups"]]
+
+    left, right = flat(a), flat(b)
+    return len(left) == len(right) and all(
+        x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(left, right, strict=True)
+    )
+
+
+def through_torch_save(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_safetensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors in safetensors, the rest as it is."""
+    from safetensors.torch import load, save
+
+    tensors = {f"{i}.{name}": t for i, values in state["state"].items() for name, t in values.items()}
+    tensors |= {f"control.{i}": group["control"] for i, group in enumerate(state["param_groups"])}
+    tensors = load(save(tensors))
+    loaded: dict[str, Any] = {"state": {}, "param_groups": copy.deepcopy(state["param_groups"])}
+    for key, tensor in tensors.items():
+        first, second = key.split(".", 1)
+        if first == "control":
+            loaded["param_groups"][int(second)]["control"] = tensor
+        else:
+            loaded["state"].setdefault(int(first), {})[second] = tensor
+    return loaded
+
+
+WAYS = {
+    "dict": lambda state: state,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+    "torch.save": through_torch_save,
+    "safetensors": through_safetensors,
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_resume_is_bit_exact(mode, codec, way):
+    model, optimizer = make(mode=mode, **codec)
+    train(model, optimizer, 0, 25)
+    other, resumed = make(mode=mode, **codec)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(WAYS[way](optimizer.state_dict()))
+    assert same_state(optimizer, resumed)
+    train(model, optimizer, 25, 50)
+    train(other, resumed, 25, 50)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert same_state(optimizer, resumed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_parameters_dtype_does_not_leak_into_the_state(codec, dtype):
+    if dtype == torch.float64 and codec.get("state_bits") == 8:
+        with pytest.raises(ValueError, match="float64"):
+            make(dtype, **codec)
+        return
+    model, optimizer = make(dtype, **codec)
+    train(model, optimizer, 0, 12)
+    other, resumed = make(dtype, **codec)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_torch_save(optimizer.state_dict()))
+    for p in other.parameters():
+        state = resumed.state[p]
+        expected = torch.int8 if "exp_avg_scale" in state else torch.float64 if dtype == torch.float64 else torch.float32
+        assert state["exp_avg"].dtype == expected
+    train(model, optimizer, 12, 24)
+    train(other, resumed, 12, 24)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_the_optimizer_keep_everything(mode, codec, copier):
+    model, optimizer = make(mode=mode, **codec, bounds=(0.5, 2.0), meta_interval=7, guard=False, gamma_norm=2.0)
+    train(model, optimizer, 0, 12)
+    other, copied = copier((model, optimizer))
+    assert type(copied) is type(optimizer)
+    for name in ("mode", "bounds", "meta_interval", "guard", "gamma_norm", "state_bits", "meta_lr_eta", "backend"):
+        assert getattr(copied, name) == getattr(optimizer, name)
+    assert repr(copied.history()) == repr(optimizer.history())
+    train(model, optimizer, 12, 30)
+    train(other, copied, 12, 30)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert same_state(optimizer, copied)
+
+
+def test_before_the_first_step(mode, codec):
+    """accelerate saves and reloads the state before it."""
+    model, optimizer = make(mode=mode, **codec)
+    other, resumed = make(mode=mode, **codec)
+    resumed.load_state_dict(through_torch_save(optimizer.state_dict()))
+    train(model, optimizer, 0, 20)
+    train(other, resumed, 0, 20)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_through_accelerate(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make(use_lion=True, state_bits=8)
+    model, wrapped = accelerator.prepare(model, optimizer)
+    train(model, optimizer, 0, 15)
+    accelerator.save_state(str(tmp_path))
+    train(model, optimizer, 15, 30)
+    expected = [p.detach().clone() for p in model.parameters()]
+    accelerator.load_state(str(tmp_path))
+    assert optimizer.metrics()["step"] == 15
+    train(model, optimizer, 15, 30)
+    assert wrapped.optimizer is optimizer
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_through_distributed_checkpoint(tmp_path, codec, flat):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = make(**codec)
+    train(model, optimizer, 0, 15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that no process group is needed
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+        dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
+        other, resumed = make(**codec)
+        other.load_state_dict(model.state_dict())
+        target = {"optimizer": get_optimizer_state_dict(other, resumed, options=options)}
+        dcp.load(target, checkpoint_id=str(tmp_path), no_dist=True)
+        set_optimizer_state_dict(other, resumed, target["optimizer"], options=options)
+    assert same_state(optimizer, resumed)
+    train(model, optimizer, 15, 30)
+    train(other, resumed, 15, 30)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_tensors_of_different_ages_keep_their_ages():
+    """A layer that is unfrozen later has bias corrections of its own, also after a resume."""
+    model, optimizer = make()
+    late = model[2].weight
+    late.requires_grad_(False)
+    train(model, optimizer, 0, 20)
+    late.requires_grad_(True)
+    before = late.detach().clone()
+    train(model, optimizer, 20, 21)
+    # The first step of AdamW has the size of the rate whatever the gradient (Nesterov: times 1.9 at most).
+    assert (late - before).abs().max() <= 1.01 * 1.9 * optimizer.metrics()["lrs"][1]
+    packed = optimizer.state_dict()
+    assert [packed["state"][i]["step"].item() for i in range(4)] == [21, 21, 1, 21]
+    other, resumed = make()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_torch_save(packed))
+    train(model, optimizer, 21, 40)
+    train(other, resumed, 21, 40)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+# -- checkpoints of others -----------------------------------------------------------------------------------
+
+
+def foreign(cls: type, model: nn.Module, **settings: Any) -> Any:
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "lr": 3e-3}]
+    return cls(groups, **settings)
+
+
+def test_a_plain_adamw_is_taken_over():
+    model, optimizer = make()
+    theirs = foreign(torch.optim.AdamW, model, lr=2e-3, betas=(0.8, 0.95), weight_decay=0.3)
+    train(model, theirs, 0, 10)
+    optimizer.load_state_dict(through_torch_save(theirs.state_dict()))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-3, (0.8, 0.95), 0.3)
+    assert "amsgrad" not in group
+    for p in model.parameters():
+        assert torch.equal(optimizer.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
+        assert torch.equal(optimizer.state[p]["exp_avg_sq"], theirs.state[p]["exp_avg_sq"])
+    train(model, optimizer, 10, 11)
+    assert optimizer.state_dict()["state"][0]["step"] == 11
+    assert optimizer.metrics()["step"] == 1
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_plain_lion_is_taken_over(bits):
+    model, optimizer = make(use_lion=True, state_bits=bits)
+    theirs = foreign(Lion, model, lr=2e-4, betas=(0.9, 0.98))
+    train(model, theirs, 0, 10)
+    optimizer.load_state_dict(through_torch_save(theirs.state_dict()))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.98)
+    train(model, optimizer, 10, 12)
+    p = model[0].weight
+    assert optimizer.state[p]["exp_avg"].dtype == (torch.int8 if bits == 8 else torch.float32)
+
+
+def test_momentum_is_taken_from_adamw_to_lion_and_refused_the_other_way():
+    model, adamw = make()
+    train(model, adamw, 0, 10)
+    _, lion = make(use_lion=True, betas=(0.9, 0.99))
+    lion.load_state_dict(adamw.state_dict())
+    assert lion.param_groups[0]["use_lion"]
+    assert lion.param_groups[0]["betas"] == (0.9, 0.99)
+    states = list(lion.state.values())
+    assert all(set(s) == {"exp_avg", "step"} for s in states)
+    assert torch.equal(states[0]["exp_avg"], adamw.state[model[0].weight]["exp_avg"])
+    _, fresh = make()
+    with pytest.raises(ValueError, match="no second moment"):
+        fresh.load_state_dict(lion.state_dict())
+    assert not fresh.state
+
+
+def test_between_modes():
+    model, meta = make(mode="meta3")
+    train(model, meta, 0, 10)
+    _, v2 = make(mode="stability_v2")
+    v2.load_state_dict(meta.state_dict())
+    assert v2.metrics()["v_fast"] == meta.metrics()["v_fast"]
+    _, v1 = make(mode="stability_v1")
+    with pytest.warns(UserWarning, match="start afresh"):
+        v1.load_state_dict(meta.state_dict())
+    assert v1.metrics()["v_fast"] == 0
+    assert v1.state_dict()["state"][0]["step"] == 10
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
+def test_between_codecs(before, after):
+    model, optimizer = make(use_lion=True, state_bits=before)
+    train(model, optimizer, 0, 10)
+    other, loaded = make(use_lion=True, state_bits=after)
+    loaded.load_state_dict(optimizer.state_dict())
+    from cruxy_kernels import dequantize_blockwise
+
+    def momentum(o: CruxyOptimizer, p: torch.Tensor) -> torch.Tensor:
+        state = o.state[p]
+        coded = state["exp_avg"].dtype == torch.int8
+        return dequantize_blockwise(state["exp_avg"], state["exp_avg_scale"]) if coded else state["exp_avg"]
+
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        old, new = momentum(optimizer, p), momentum(loaded, q)
+        # Softsign codes are 1/21 apart at the scale and finer below: half of that, of the largest value.
+        assert (old - new).abs().max() <= old.abs().max() / 40
+    train(other, loaded, 10, 12)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum_buffer"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
+    ],
+)
+def test_other_optimizers_are_refused(theirs, message):
+    model = nn.Linear(3, 2)
+    other = theirs(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    other.step()
+    optimizer = CruxyOptimizer(model.parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state
+
+
+def test_another_model_is_refused():
+    model, optimizer = make()
+    train(model, optimizer, 0, 2)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        CruxyOptimizer(model.parameters()).load_state_dict(optimizer.state_dict())
+    other = nn.Linear(2, 2)
+    groups = [{"params": list(other.parameters())}, {"params": [nn.Parameter(torch.ones(2)) for _ in range(2)]}]
+    with pytest.raises(ValueError, match="another model"):
+        CruxyOptimizer(groups).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="size of optimizer's"):
+        CruxyOptimizer([{"params": [nn.Parameter(torch.ones(1))]}, groups[1]]).load_state_dict(optimizer.state_dict())
+
+
+def test_a_snapshot_does_not_follow_the_run():
+    model, optimizer = make()
+    train(model, optimizer, 0, 5)
+    packed = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 5, 8)
+    assert packed["param_groups"][0]["control"].equal(packed["param_groups"][1]["control"]) is False
+    assert packed["state"][0]["step"] == 5
+
+
+def test_meta_lion_round_trip():
+    p = nn.Parameter(torch.ones(100))
+    optimizer = MetaLion([p])
+    p.grad = torch.ones(100)
+    optimizer.step(loss=1.0)
+    copied = copy.deepcopy(optimizer)
+    assert isinstance(copied, MetaLion)
+    fresh = MetaLion([nn.Parameter(torch.ones(100))])
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.metrics()["step"] == 1
