@@ -307,7 +307,10 @@ class _Run:
         for index, layer in enumerate(self.layers):
             ld.scope = f"layer{index}"
             if step.checkpointing:
-                x = checkpoint(ld, lambda y, layer=layer: self._block(layer, y), x)
+                # the checkpointed call keeps its arguments, the mask among them, until its backward has run
+                kept = (self.mask, *self.position)
+                x = checkpoint(ld, lambda y, layer=layer, kept=kept: self._block(layer, y), x)
+                del kept
             else:
                 x = self._block(layer, x)
         ld.scope = "head"
