@@ -30,12 +30,15 @@ NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256  # bitsandbytes' block sizes: codes per ab
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "nf4": 2}
 
-# Optimizer state, bytes a trainable fp32 parameter. Lion 8-bit: one code and a 4-byte scale per 128.
-OPTIMIZERS: dict[str, float] = {
-    "adamw-fp32": 8.0,
-    "lion-fp32": 4.0,
-    "lion-8bit": 1 + 4 / 128,
-    "sgd": 0.0,
+# Optimizer: (state, transient) in bytes a trainable fp32 parameter. The first three are CruxyOptimizer's codecs,
+# one pass over the tensors without temporaries; Lion 8-bit: one code and a 4-byte scale per 128.
+# torch-adamw is torch.optim.AdamW in its CUDA default (foreach), which makes the square roots of exp_avg_sq.
+OPTIMIZERS: dict[str, tuple[float, float]] = {
+    "adamw-fp32": (8.0, 0.0),
+    "lion-fp32": (4.0, 0.0),
+    "lion-8bit": (1 + 4 / 128, 0.0),
+    "torch-adamw": (8.0, 4.0),
+    "sgd": (0.0, 0.0),
 }
 
 
@@ -119,6 +122,7 @@ class _Run:
         self.shape = step.shape
         self.full = step.lora_r == 0
         self.trained: list[Parameter] = []
+        self.plain: list[Parameter] = []  # weights that are not quantised
         self.heads = ops.Heads(
             step.batch,
             step.seq,
@@ -133,7 +137,8 @@ class _Run:
     # -- weights ---------------------------------------------------------------------------------
 
     def _weight(self, n: int) -> Parameter:
-        parameter = self.ld.parameter(n, self.step.stream, "weights", self.full)
+        parameter = self.ld.parameter(n, BYTES[self.step.precision], "weights", self.full)
+        self.plain.append(parameter)
         if self.full:
             self.trained.append(parameter)
         return parameter
@@ -142,6 +147,8 @@ class _Run:
         step, ld = self.step, self.ld
         if step.precision != "nf4":
             return self._weight(spec.weight)
+        # from_pretrained puts the weight on the device in 16 bits and quantises it there
+        whole = ld.buffer(2 * spec.weight, "weights")
         codes = [ld.buffer(-(-spec.weight // 2), "weights")]
         blocks = -(-spec.weight // NF4_BLOCK)
         if step.double_quant:
@@ -154,6 +161,7 @@ class _Run:
         else:
             codes.append(ld.buffer(blocks * 4, "quantisation"))
         codes.append(ld.buffer(16 * 4, "quantisation"))  # the code book
+        del whole
         return ops.Linear4bit(codes, spec.rows, spec.cols, step.double_quant)
 
     def _load(self) -> None:
@@ -172,14 +180,12 @@ class _Run:
         self.layers: list[_Layer] = []
         for _ in range(shape.num_hidden_layers):
             linears = {spec.name: self._linear(spec) for spec in shape.linears()}
-            if step.precision == "nf4":
-                # from_pretrained puts a weight on the device in 16 bits, then quantises it there
-                largest = max(spec.weight for spec in shape.linears())
-                transient = ld.buffer(2 * largest, "activations")
-                del transient
             norms = [self._weight(n) for n in shape.norms()]
             biases = [self._weight(spec.rows) for spec in shape.linears() if spec.bias]
             self.layers.append(_Layer(linears, {}, norms, biases))
+        if step.kbit_prepared:
+            for parameter in self.plain:
+                parameter.storage, parameter.b = Storage(ld, 4 * parameter.n, "weights"), 4
         if not self.full:
             for layer in self.layers:
                 for spec in shape.linears():
@@ -303,7 +309,9 @@ class _Run:
         rotary_width = int(shape.head_dim * shape.partial_rotary_factor)
         self.position = [ld.new(step.seq * rotary_width, step.stream) for _ in range(2)]
         if step.attention == "eager":
+            allowed = ld.new(step.seq * step.seq, 1)
             self.mask = ld.new(step.batch * step.seq * step.seq, step.stream)
+            del allowed
         for index, layer in enumerate(self.layers):
             ld.scope = f"layer{index}"
             if step.checkpointing:
@@ -427,11 +435,16 @@ class _Run:
     def optimizer_step(self) -> None:
         ld = self.ld
         ld.enter("optimizer")
+        state, transient = OPTIMIZERS[self.step.optimizer]
         if not self.optimizer_state:
-            each = OPTIMIZERS[self.step.optimizer]
+            # as separate tensors, which is what decides the allocator's pools
+            sizes = [4.0] * int(state // 4) or [state] * bool(state)
             self.optimizer_state = [
-                ld.buffer(int(p.n * each) or 1, "optimizer state") for p in self.trained if each
+                ld.buffer(int(p.n * each) or 1, "optimizer state") for p in self.trained for each in sizes
             ]
+        if transient:
+            held = [ld.buffer(int(p.n * transient), "workspaces") for p in self.trained]
+            del held
         for parameter in self.trained:
             parameter.grad = None
 

@@ -511,13 +511,18 @@ def _run(step: Step, model: Any, recorder: Recorder, trained: list, autocast: _A
             output = None
             del loss, ids, mask, labels
         recorder.enter("optimizer")
+        each, transient = OPTIMIZERS[step.optimizer]
         if not state:
-            each = OPTIMIZERS[step.optimizer]
-            state = [
-                torch.empty(int(p.numel() * each) or 1, dtype=torch.uint8, device="meta") for p in trained if each
-            ]
+            sizes = [4.0] * int(each // 4) or [each] * bool(each)
+            state = [_bytes(p.numel() * n) for p in trained for n in sizes]
+        held = [_bytes(p.numel() * transient) for p in trained if transient]
+        del held
         for parameter in trained:
             parameter.grad = None
+
+
+def _bytes(n: float) -> torch.Tensor:
+    return torch.empty(int(n) or 1, dtype=torch.uint8, device="meta")
 
 
 def trace_peaks(step: Step) -> dict[str, int]:
