@@ -167,22 +167,27 @@ class _Run:
     def _load(self) -> None:
         step, shape, ld = self.step, self.shape, self.ld
         ld.enter("load")
-        self.embedding = self._weight(shape.vocab_size * shape.hidden_size)
-        self.head = (
-            self.embedding
-            if shape.tie_word_embeddings
-            else self._weight(shape.vocab_size * shape.hidden_size)
-        )
-        layer_norm = shape.family.norm == "layer"
-        self.final = [self._weight(shape.hidden_size) for _ in range(2 if layer_norm else 1)]
-        if shape.family.head_bias:
-            self.final.append(self._weight(shape.vocab_size))
+        # from_pretrained fills a model in the natural order of its keys: lm_head, embed_tokens, layers, norm; in a
+        # layer, norms aside, mlp before self_attn and each by name
+        table = shape.vocab_size * shape.hidden_size
+        head = None if shape.tie_word_embeddings else self._weight(table)
+        self.embedding = self._weight(table)
+        self.head = head or self.embedding
+        specs = sorted(shape.linears(), key=lambda x: (x.name in shape.family.names[:4], x.name))
         self.layers: list[_Layer] = []
         for _ in range(shape.num_hidden_layers):
-            linears = {spec.name: self._linear(spec) for spec in shape.linears()}
+            linears: dict[str, Parameter | ops.Linear4bit] = {}
+            biases = []
+            for spec in specs:
+                if spec.bias:
+                    biases.append(self._weight(spec.rows))
+                linears[spec.name] = self._linear(spec)
             norms = [self._weight(n) for n in shape.norms()]
-            biases = [self._weight(spec.rows) for spec in shape.linears() if spec.bias]
             self.layers.append(_Layer(linears, {}, norms, biases))
+        final = 2 if shape.family.norm == "layer" else 1
+        self.final = [self._weight(shape.hidden_size) for _ in range(final)]
+        if shape.family.head_bias:
+            self.final.append(self._weight(shape.vocab_size))
         if step.kbit_prepared:
             for parameter in self.plain:
                 parameter.storage, parameter.b = Storage(ld, 4 * parameter.n, "weights"), 4
