@@ -253,7 +253,7 @@ class _Run:
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ld, step, heads = self.ld, self.step, self.heads
         if step.attention == "efficient":
-            k, v = ops.repeat_kv(ld, k, heads.groups), ops.repeat_kv(ld, v, heads.groups)
+            k, v = (ops.repeat_kv(ld, t, heads.groups, heads.key_heads) for t in (k, v))
             heads = replace(heads, key_heads=heads.query_heads)
         if step.half:
             q, k, v = (ops.cast(ld, t, step.half) for t in (q, k, v))
@@ -315,13 +315,15 @@ class _Run:
         self.position = [ld.new(step.seq * rotary_width, step.stream) for _ in range(2)]
         if step.attention == "eager":
             allowed = ld.new(step.seq * step.seq, 1)
-            self.mask = ld.new(step.batch * step.seq * step.seq, step.stream)
+            # Gemma 2 has one more for its layers with a sliding window
+            masks = 2 if shape.model_type == "gemma2" else 1
+            self.mask = [ld.new(step.batch * step.seq * step.seq, step.stream) for _ in range(masks)]
             del allowed
         for index, layer in enumerate(self.layers):
             ld.scope = f"layer{index}"
             if step.checkpointing:
                 # the checkpointed call keeps its arguments, the mask among them, until its backward has run
-                kept = (self.mask, *self.position)
+                kept = (self.mask[index % len(self.mask)] if self.mask else None, *self.position)
                 x = checkpoint(ld, lambda y, layer=layer, kept=kept: self._block(layer, y), x)
                 del kept
             else:
@@ -417,7 +419,7 @@ class _Run:
         ld.enter("forward")
         self._workspace(0)
         logits = None
-        self.mask = None
+        self.mask = []
         if step.autocast:
             with ld.autocast():
                 x = self._forward()
@@ -429,7 +431,7 @@ class _Run:
             loss, logits = (self._chunked_loss(x), None) if step.chunked_loss else self._stock_loss(x)
         del x
         self.position = []
-        self.mask = None
+        self.mask = []
         if not step.keep_outputs:
             logits = None
         ld.enter("backward:head")
@@ -465,6 +467,15 @@ def walk(step: Step, steps: int = 2, record: bool = False) -> Ledger:
         run.optimizer_step()
     ledger.enter("end")
     return ledger
+
+
+def load_events(step: Step) -> list[tuple[int, int]]:
+    """The allocations of loading alone: quantisation's temporaries included, everything left in place."""
+    ledger = Ledger(512 if step.device == "cuda" else 1, record=True)
+    run = _Run(step, ledger)
+    events = list(ledger.events or ())
+    del run
+    return events
 
 
 def _summary(ledger: Ledger, layers: int) -> dict[str, tuple[int, dict[str, int]]]:

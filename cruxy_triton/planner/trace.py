@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cruxy_triton.planner.footprint import NF4_BLOCK, NF4_NESTED_BLOCK, OPTIMIZERS, Step
+from cruxy_triton.planner.footprint import NF4_BLOCK, NF4_NESTED_BLOCK, OPTIMIZERS, Step, load_events
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape
 
@@ -263,6 +263,7 @@ def build(step: Step, device: str = "meta") -> torch.nn.Module:
         model.requires_grad_(step.lora_r == 0)
         if step.precision == "nf4":
             _quantise(model, step.double_quant, dtype)
+            model.is_loaded_in_4bit = True  # what peft asks to choose its 4-bit layer
         if step.kbit_prepared:
             for parameter in model.parameters():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -383,7 +384,7 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
 
     attention = _sdpa(step.attention)
     found = [
-        mock.patch.object(torch, "is_autocast_enabled", lambda device="meta": autocast is not None and autocast.on),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device="meta": autocast is not None),
         mock.patch.object(F, "softmax", fused_softmax),
         mock.patch.object(F, "dropout", dropout),
     ]
@@ -446,15 +447,17 @@ def trace(step: Step, steps: int = 2) -> Traced:
 
     Raises ImportError where transformers, peft, trl or bitsandbytes is needed and missing.
     """
+    # What loading does to the allocator is not traced (from_pretrained needs a checkpoint): the walk has it.
+    loading = load_events(step)
     recorder = Recorder(512, workspace_bytes)
-    with torch.random.fork_rng(devices=[]):
-        model = build(step)
+    model = build(step)
     seen = set()
     for tensor in (*model.parameters(), *model.buffers()):
         for part in (tensor, *_quant_parts(tensor)):
             if id(part) not in seen and part.numel():
                 seen.add(id(part))
                 recorder.see(part)
+    recorder.events = [(-ident, nbytes) for ident, nbytes in loading]
     trained = [p for p in model.parameters() if p.requires_grad]
     dtype = torch.bfloat16 if step.precision == "bfloat16" else torch.float16
     autocast = _Autocast(dtype) if step.autocast else None
