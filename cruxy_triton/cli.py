@@ -16,6 +16,8 @@ from cruxy_triton.errors import UserError
 # name: (module, one line of help)
 COMMANDS = {
     "finetune": ("cruxy_triton.finetune.command", "fine-tune a causal language model with LoRA"),
+    "kernels": ("cruxy_triton.kernels_command", "cross-compile every kernel; registers, spills, load widths"),
+    "bench": ("cruxy_triton.bench.command", "the optimizer step against others; the momentum codec"),
     "doctor": ("cruxy_triton.doctor", "what this machine has, which backend will be used, known problems"),
 }
 

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _complete(given: dict[str, Any], demo: bool) -> dict[str, Any]:
     if demo:
-        given = {"output": "runs/demo", "max_seq_length": 128, "batch_size": 8, "max_steps": 150, **given}
+        given = {"output": "runs/demo", "max_seq_length": 128, "batch_size": 8, "max_steps": 200, **given}
         return {"model": "", "data": "", **given}
     for name, flag in (("model", "MODEL"), ("data", "--data FILE")):
         if name not in given:

@@ -120,12 +120,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`; raises UserError where settings are missing or unknown (another version's)."""
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if odd := sorted(set(values) ^ known):
             raise UserError(
-                f"the saved recipe has settings this version does not know: {', '.join(unknown)}; "
-                "continue the run with the version that wrote it (see run.json)"
+                f"the recipe in run.json does not fit this version: {', '.join(odd)} missing or unknown; "
+                "continue the run with the version that wrote it (run.json names it)"
             )
         return cls(**values)
 

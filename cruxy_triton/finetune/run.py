@@ -20,7 +20,17 @@ from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
 
 PACKAGES = (
-    "cruxy-triton torch triton transformers trl peft accelerate datasets tokenizers bitsandbytes safetensors".split()
+    "cruxy-triton",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "safetensors",
 )
 # Settings that a resumed run may differ in: they do not change what is computed.
 RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
@@ -110,11 +120,14 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         f"data: {len(data.train)} records to train on, {len(data.held_out)} held out ({data.form})"
         + (f"; {data.skipped_empty} without an answer left out" if data.skipped_empty else "")
     )
-    plan = memory.make_plan(recipe, config, device, dtype, longest)
-    for line in memory.describe(plan):
+    longest_record = data.longest(tokenizer)
+    plan = memory.make_plan(recipe, config, device, dtype, longest or longest_record, longest_record)
+    for line in memory.describe(plan, recipe):
         hooks.say(line)
     memory.limit(recipe, device)
 
+    if plan is not None and plan.config.attention == "efficient":
+        load.expand_key_value_heads()
     model = load.add_lora(load.model_of(recipe, config, device, dtype), recipe)
     # Imported here: TRL takes seconds, and everything above can already have refused the input.
     from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry, Trainer
@@ -128,7 +141,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         f"{trainable:,} trainable parameters in {sum(p.requires_grad for p in model.parameters())} adapter tensors"
     )
     if lengths["cut"]:
-        hooks.say(f"note: {lengths['cut']} of {len(data.train)} records reach {recipe.max_seq_length} tokens and are cut")
+        hooks.say(f"note: {lengths['cut']} of {len(data.train)} records are cut at {recipe.max_seq_length} tokens")
     if lengths["dropped"]:
         hooks.say(f"note: {lengths['dropped']} records are left out: their prompt alone fills the sequence length")
 
@@ -141,7 +154,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         "trainable_parameters": trainable,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "dtype": "nf4" if recipe.load_in_4bit else str(dtype).removeprefix("torch."),
-        "plan": memory.to_dict(plan),
+        "plan": None if plan is None else plan.to_dict(),
         "versions": versions(),
         "command": sys.argv,
     }

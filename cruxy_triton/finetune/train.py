@@ -49,6 +49,8 @@ class Trainer(SFTTrainer):
     ) -> None:
         import datasets
 
+        assert recipe.micro_batch_size is not None, "the plan decides the micro-batch size first"
+        self.peft_model = model  # transformers types its own `model` as one that may be absent
         self.recipe = recipe
         self.folder = folder
         self.step_loss: torch.Tensor | None = None
@@ -97,7 +99,7 @@ class Trainer(SFTTrainer):
             self.remove_callback(callback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
             self.optimizer.register_step_pre_hook(self._give_loss)
@@ -135,7 +137,7 @@ class Trainer(SFTTrainer):
 
     def held_out(self) -> dict[str, float]:
         """Mean negative log-likelihood a token (nats) over the held-out set, its perplexity, and the tokens."""
-        self.model.eval()
+        self.peft_model.eval()
         total = torch.zeros((), dtype=torch.float64)
         tokens = 0
         one = torch.ones((), device=self.args.device)  # sum instead of mean
@@ -143,9 +145,9 @@ class Trainer(SFTTrainer):
             batch = self._prepare_inputs(batch)
             tokens += int((batch["labels"][:, 1:] != -100).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
-                total += self.compute_loss(self.model, batch, num_items_in_batch=one).double().cpu()
+                total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
         self._metrics["eval"].clear()
-        self.model.train()
+        self.peft_model.train()
         loss = float(total) / tokens
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
 
@@ -212,7 +214,7 @@ class GradientRecorder(TrainerCallback):
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = {
             name: (p.grad.detach().float() / scale).cpu().contiguous()
-            for name, p in self.trainer.model.named_parameters()
+            for name, p in self.trainer.peft_model.named_parameters()
             if p.grad is not None
         }
         save_file(gradients, self.path / f"step-{step:05d}.safetensors")

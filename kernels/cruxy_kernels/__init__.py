@@ -4,8 +4,8 @@
     control_step(control, telemetry, loss, law="meta3")      # the per-step law, in place
     lion_update_(params, grads, exp_avgs, control)           # or adamw_update_
 
-Nothing in between is read by the host. `layout` names the slots of the control vector; `explain(device)`
-says which backend serves a device, and why.
+Nothing in between is read by the host. `layout` names the slots of the control vector. Every function runs as
+Triton kernels, compiled CPU loops or PyTorch operators; `explain_backend(device)` says which, and why.
 """
 
 from cruxy_kernels import layout
@@ -13,17 +13,17 @@ from cruxy_kernels.dispatch import (
     adamw_update_,
     control_step,
     dequantize_blockwise,
-    explain,
     gradient_telemetry,
     lion_update_,
     quantize_blockwise,
 )
+from cruxy_kernels.dispatch import explain as explain_backend
 
 __all__ = [
     "adamw_update_",
     "control_step",
     "dequantize_blockwise",
-    "explain",
+    "explain_backend",
     "gradient_telemetry",
     "layout",
     "lion_update_",

@@ -22,6 +22,7 @@ from cruxy_kernels.tables import (
     CHUNK,
     COLUMNS,
     EXP_AVG,
+    EXP_AVG_SCALE,
     EXP_AVG_SQ,
     GRAD,
     GROUP,
@@ -71,14 +72,19 @@ def adamw_chunk(
     g = load_values(tl.load(row + GRAD), start, local, remaining, GRAD_TYPE, MASKED) * factor + l2 * p
     m = load_momentum(row, start, local, scale_local, remaining, STATE_TYPE, MASKED)
     m = beta1 * m + (1 - beta1) * g
-    store_momentum(row, start, local, scale_local, remaining, m, STATE_TYPE, MASKED)
-    if NESTEROV:
-        m = beta1 * m + (1 - beta1) * g
+    if STATE_TYPE != "int8":
+        store_momentum(row, start, local, scale_local, remaining, m, STATE_TYPE, MASKED)
     squares = tl.load(row + EXP_AVG_SQ)
     v = beta2 * load_values(squares, start, local, remaining, "fp32", MASKED) + (1 - beta2) * g * g
     store_raw(squares, start, local, remaining, v, "fp32", MASKED)
-    p = p * keep - step_size * (m / (tl.sqrt(v) + eps))
+    if NESTEROV:
+        numerator = beta1 * m + (1 - beta1) * g
+    else:
+        numerator = m
+    p = p * keep - step_size * (numerator / (tl.sqrt(v) + eps))
     store_param(row, start, local, remaining, p, step, PARAM_TYPE, MASKED)
+    if STATE_TYPE == "int8":  # last: the encoder needs the registers that the parameters have just left
+        store_momentum(row, start, local, scale_local, remaining, m, STATE_TYPE, MASKED)
 
 
 @triton.jit
@@ -151,6 +157,7 @@ def adamw_update_(
     maximize: bool = False,
     nesterov: bool = True,
     decoupled: bool = True,
+    exp_avg_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """AdamW in place; arguments, formula and errors as `reference.adamw_update_`."""
     columns = {
@@ -159,6 +166,8 @@ def adamw_update_(
         EXP_AVG.value: exp_avgs,
         EXP_AVG_SQ.value: exp_avg_sqs,
     }
+    if exp_avg_scales is not None:
+        columns[EXP_AVG_SCALE.value] = exp_avg_scales
     for batch in batches(columns, rows, read_only=(GRAD.value,)):
         if batch.types[3] != "fp32":
             raise TypeError(f"exp_avg_sqs are {batch.types[3]}; expected float32")

@@ -1,9 +1,12 @@
-"""Which implementation serves a call: "triton" (the kernels) or "torch" (reference.py). The only file that asks.
+"""Which implementation serves a call, and why. The only file that asks about devices.
 
-In order: the argument `backend=`, the environment variable CRUXY_BACKEND, and else the device: Triton on a CUDA
-device of compute capability 7.0 or newer where triton can be imported, PyTorch everywhere else. A backend that was
-asked for and cannot run raises; it is never replaced in silence. Triton also runs on CPU tensors under
-TRITON_INTERPRET=1, for tests, when asked for.
+    "triton"  the kernels: CUDA devices of compute capability 7.0 or newer, where triton can be imported
+    "native"  compiled loops for the CPU (native.py): where a C++ compiler is, for large fp32 steps
+    "torch"   PyTorch operators (reference.py): everywhere else
+
+The argument `backend=` decides, then the environment variable CRUXY_BACKEND, then the device. A backend that was
+asked for and cannot run raises; nothing is replaced in silence. Under TRITON_INTERPRET=1 "triton" also takes CPU
+tensors, for tests, when asked for.
 """
 
 import functools
@@ -17,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "torch")
+from cruxy_kernels import native
+
+BACKENDS = ("triton", "native", "torch")
 VARIABLE = "CRUXY_BACKEND"
 MIN_CAPABILITY = (7, 0)
 
@@ -34,6 +39,9 @@ TORCH = dict.fromkeys(TRITON, "reference") | {
     "quantize_blockwise": "codec_reference",
     "dequantize_blockwise": "codec_reference",
 }
+# The loops that native.cpp has; the rest of a step is small or reference.py's.
+NATIVE = TORCH | dict.fromkeys(("gradient_telemetry", "lion_update_", "adamw_update_"), "native")
+MODULES = {"triton": TRITON, "native": NATIVE, "torch": TORCH}
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,20 +64,23 @@ def _explain(
     asked, by = (backend, "backend=") if backend is not None else (variable or None, f"{VARIABLE}=")
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"unknown backend {by}{asked!r}: expected one of {', '.join(BACKENDS)}")
-    obstacle, note = _obstacle(type, index, interpret == "1")
     if asked == "torch":
         return "torch", f"chosen by {by}'torch'"
+    if asked == "native" or (asked is None and type == "cpu"):
+        loops, note = native.library() if type == "cpu" else (None, f"native loops serve the CPU, not {type}")
+        if asked is None:
+            return ("native", f"CPU; {note}") if loops else ("torch", f"CPU; PyTorch operators, slower: {note}")
+        if loops is None:
+            raise RuntimeError(f"{by}'native' cannot run: {note}; use backend='torch' or leave the choice open")
+        return "native", f"chosen by {by}'native' ({note})"
+    obstacle, note = _obstacle(type, index, interpret == "1")
     if asked == "triton":
         if obstacle is not None:
             raise RuntimeError(
                 f"{by}'triton' cannot run on {type}: {obstacle}; use backend='torch' or leave the choice open"
             )
         return "triton", f"chosen by {by}'triton' ({note})"
-    if obstacle is not None:
-        return "torch", obstacle
-    if type == "cpu":
-        return "torch", "CPU tensors; Triton's interpreter serves them only when asked for"
-    return "triton", note
+    return ("torch", obstacle) if obstacle is not None else ("triton", note)
 
 
 def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None, str]:
@@ -92,20 +103,49 @@ def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None
     return None, f"{name} ({arch})"
 
 
-def choose(tensors: Sequence[Tensor], backend: str | None = None) -> str:
-    """The backend for a call on these tensors. Dtypes that no kernel stores (float64) go to PyTorch."""
+def choose(
+    tensors: Sequence[Tensor], backend: str | None = None, momentum: Sequence[Tensor] = ()
+) -> str:
+    """The backend for a call on these parameters and gradients.
+
+    Dtypes that no kernel stores (float64) go to PyTorch, as do CPU steps that are too small to compile for.
+    """
     if not tensors:
         return "torch"
+    if tensors[0].device.type == "cpu" and _open(backend) and _elements(tensors) < native.MIN_ELEMENTS:
+        return "torch"
     chosen = explain(tensors[0].device, backend)[0]
+    if chosen == "native":
+        obstacle = native.obstacle(tensors, momentum)
+        if obstacle is not None:
+            if not _open(backend):
+                raise TypeError(f"backend 'native' cannot serve {obstacle}")
+            return "torch"
     if chosen == "triton":
         strange = {t.dtype for t in tensors} - set(STORAGE_DTYPES)
         if strange:
             names = ", ".join(sorted(map(str, strange)))
-            if backend == "triton" or os.environ.get(VARIABLE) == "triton":
+            if not _open(backend):
                 raise TypeError(f"the Triton kernels take float32, float16 and bfloat16, got {names}")
             _warn_dtype(names)
             return "torch"
     return chosen
+
+
+def _choose_small(device: torch.device, backend: str | None) -> str:
+    """The backend of what native.cpp does not have: on a CPU nothing needs to be compiled for it."""
+    if device.type == "cpu" and _open(backend):
+        return "torch"
+    return explain(device, backend)[0]
+
+
+def _open(backend: str | None) -> bool:
+    """Whether nobody asked for a backend."""
+    return backend is None and not os.environ.get(VARIABLE)
+
+
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum([t.numel() for t in tensors])
 
 
 @functools.lru_cache(maxsize=8)
@@ -116,8 +156,7 @@ def _warn_dtype(names: str) -> None:
 @functools.lru_cache(maxsize=32)
 def implementation(name: str, backend: str) -> Callable[..., Any]:
     """The function `name` of a backend; modules with kernels are imported here, when they are first needed."""
-    module = (TRITON if backend == "triton" else TORCH)[name]
-    return getattr(importlib.import_module(f"cruxy_kernels.{module}"), name)
+    return getattr(importlib.import_module(f"cruxy_kernels.{MODULES[backend][name]}"), name)
 
 
 def gradient_telemetry(
@@ -140,7 +179,7 @@ def gradient_telemetry(
         grad_scale: 0-dim or 1-element tensor; the statistics are those of `g / grad_scale`.
         per_tensor: one row a tensor instead of the totals.
         partial: the totals may come as several rows, float32 (n, 4), which `control_step` adds: one launch less.
-        backend: "triton" or "torch"; see the module's docstring.
+        backend: "triton", "native" or "torch"; see the module's docstring.
 
     Returns:
         float32 (4,), (len(grads), 4) with `per_tensor`, or (n, 4) with `partial`, on the gradients' device.
@@ -176,13 +215,13 @@ def control_step(
         loss: 0-dim tensor on the same device, or None: the curvature estimate is then left as it is.
         law: "stability_v1", "stability_v2" or "meta3".
         found_inf: 0-dim or 1-element tensor of torch's GradScaler, same device.
-        backend: "triton" or "torch".
+        backend: "triton", "native" or "torch".
 
     Raises:
         ValueError: unknown law, or tensors of the wrong shape.
     """
-    chosen = choose([control], backend)
-    if chosen == "torch" and telemetry.dim() == 2:
+    chosen = _choose_small(control.device, backend)
+    if chosen != "triton" and telemetry.dim() == 2:
         telemetry = _total(telemetry)
     implementation("control_step", chosen)(control, telemetry, loss, law=law, found_inf=found_inf)
 
@@ -224,13 +263,13 @@ def lion_update_(
         lr_multipliers: float32 (len(params),), scales the step of each tensor (not its weight decay).
         grad_scale: 0-dim or 1-element tensor of torch's GradScaler.
         maximize: ascend instead of descend.
-        backend: "triton" or "torch".
+        backend: "triton", "native" or "torch".
 
     Raises:
         ValueError, TypeError: lists or dtypes that do not fit.
     """
     _check_state(exp_avgs, exp_avg_scales)
-    chosen = choose([*params[:1], *grads[:1]], backend)
+    chosen = choose([*params, *grads], backend, exp_avgs)
     implementation("lion_update_", chosen)(
         params,
         grads,
@@ -275,7 +314,7 @@ def adamw_update_(
         decoupled: weight decay on the parameter (AdamW) and not through the gradient (Adam).
         The others are those of `lion_update_`.
     """
-    chosen = choose([*params[:1], *grads[:1]], backend)
+    chosen = choose([*params, *grads], backend, [*exp_avgs, *exp_avg_sqs])
     implementation("adamw_update_", chosen)(
         params,
         grads,
@@ -297,14 +336,14 @@ def quantize_blockwise(x: Tensor, *, backend: str | None = None) -> tuple[Tensor
     x: floating point, any shape. Codes: int8, its shape. Scales: bfloat16 (ceil(numel/64),), one a block of 64
     consecutive values. Formula and limits: codec_reference.py. Raises TypeError for other dtypes.
     """
-    return implementation("quantize_blockwise", explain(x.device, backend)[0])(x)
+    return implementation("quantize_blockwise", _choose_small(x.device, backend))(x)
 
 
 def dequantize_blockwise(
     codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, *, backend: str | None = None
 ) -> Tensor:
     """The values of codes and scales from `quantize_blockwise`, in `dtype`. Raises ValueError if they do not fit."""
-    return implementation("dequantize_blockwise", explain(codes.device, backend)[0])(codes, scales, dtype)
+    return implementation("dequantize_blockwise", _choose_small(codes.device, backend))(codes, scales, dtype)
 
 
 def _check_state(exp_avgs: Sequence[Tensor], exp_avg_scales: Sequence[Tensor] | None) -> None:

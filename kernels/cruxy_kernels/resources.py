@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ class Variant:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     max_registers: int = MAX_REGISTERS
-    wide_loads: int = 0  # 128-bit loads a thread needs for its parameters and gradients, once
+    wide_loads: int = 0  # 128-bit loads that the parameters and gradients of a thread take
+    wide_stores: int = 0  # the same for storing parameters
     bytes_moved: float = 0.0  # bytes a parameter
     floor: float | None = None  # the bytes a parameter that architecture.md counts
 
@@ -130,6 +130,78 @@ def inspect(variant: Variant, arch: int) -> Usage:
     return usage
 
 
-def instructions(sass: str) -> list[str]:
-    """The instructions of a cuobjdump listing, in order, without addresses and encodings."""
-    return [found.strip() for found in re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^/]+?);", sass)]
+WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+
+
+def memory_width(instruction: str) -> tuple[str, int] | None:
+    """("load" or "store", bits a thread) of a global memory instruction, None for any other."""
+    found = re.search(r"\b(LDG|STG)((?:\.\w+)*)", instruction)
+    if found is None:
+        return None
+    width = next((WIDTHS[part] for part in found[2].split(".") if part in WIDTHS), 32)
+    return ("load" if found[1] == "LDG" else "store"), width
+
+
+def basic_blocks(sass: str) -> list[list[str]]:
+    """The instructions of a cuobjdump listing, cut where a branch leaves or arrives."""
+    code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^/]+?);", sass)]
+    targets = {int(at, 16) for _, text in code for at in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)}
+    blocks: list[list[str]] = [[]]
+    for at, text in code:
+        if at in targets:
+            blocks.append([])
+        blocks[-1].append(text)
+        if re.search(r"\b(BRA|EXIT|RET)\b", text):
+            blocks.append([])
+    return [block for block in blocks if block]
+
+
+# What no kernel here may use: tensor cores, asynchronous copies, TMA and atomics, whose order is not fixed.
+FORBIDDEN = re.compile(r"\b(HMMA|IMMA|QGMMA|HGMMA|LDGSTS|UTMA\w*|UBLKCP|ATOM|ATOMG|RED|F2FP\.BF16\w*|HFMA2\.BF16\w*)\b")
+
+
+def read_sass(sass: str, usage: Usage) -> None:
+    """Fills in the widths of memory instructions: of all, and of the blocks that take the unmasked path."""
+    everything, main = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    for block in basic_blocks(sass):
+        widths = [width for width in map(memory_width, block) if width is not None]
+        everything.update(widths)
+        if any(bits == 128 for _, bits in widths):
+            main.update(widths)
+        usage.forbidden += tuple(found[0] for found in map(FORBIDDEN.search, block) if found)
+    for name, counts in (("loads", everything), ("main_loads", main)):
+        setattr(usage, name, {str(bits): n for (kind, bits), n in sorted(counts.items()) if kind == "load"})
+    for name, counts in (("stores", everything), ("main_stores", main)):
+        setattr(usage, name, {str(bits): n for (kind, bits), n in sorted(counts.items()) if kind == "store"})
+
+
+def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
+    """Resident threads over the most that a multiprocessor holds; registers come in units of 256 a warp."""
+    unit = MULTIPROCESSOR[arch]
+    threads = 32 * num_warps
+    registers_a_program = -(-registers * 32 // 256) * 256 * num_warps
+    programs = min(
+        unit["threads"] // threads,
+        unit["blocks"],
+        REGISTERS // registers_a_program,
+        unit["shared_kib"] * 1024 // shared if shared else unit["blocks"],
+    )
+    return programs * threads / unit["threads"]
+
+
+def broken_limits(variant: Variant, usage: Usage) -> list[str]:
+    """The limits that `usage` breaks, as sentences; the register limit is that of full occupancy on sm_75."""
+    found = []
+    if usage.spills:
+        found.append(f"{usage.spills} bytes a thread spilled, limit 0")
+    if usage.registers > variant.max_registers:
+        found.append(f"{usage.registers} registers a thread, limit {variant.max_registers}")
+    wide = usage.main_loads.get("128", 0)
+    if wide < variant.wide_loads:
+        found.append(f"{wide} loads of 128 bits in the main path, expected at least {variant.wide_loads}")
+    wide = usage.main_stores.get("128", 0)
+    if wide < variant.wide_stores:
+        found.append(f"{wide} stores of 128 bits in the main path, expected at least {variant.wide_stores}")
+    if usage.forbidden:
+        found.append(f"uses {', '.join(sorted(set(usage.forbidden)))}")
+    return found
