@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cruxy_kernels import adamw_update_, control_step, gradient_telemetry, lion_update_
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec_reference import dequantize_blockwise, quantize_blockwise
 from cruxy_kernels.pieces import PIECE_CPU
 from cruxy_kernels.rounding_reference import random_bits, round_stochastic
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SHAPES = [(), (1,), (127,), (128,), (3, 43), (0,), (5, 0), (2048,), (65_537,), (2, 3, 5, 7)]
 
