@@ -128,7 +128,8 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
 
     if plan is not None and plan.config.attention == "efficient":
         load.expand_key_value_heads()
-    model = load.add_lora(load.model_of(recipe, config, device, dtype), recipe)
+    attention = None if plan is None else "eager" if plan.config.attention == "eager" else "sdpa"
+    model = load.add_lora(load.model_of(recipe, config, device, dtype, attention), recipe)
     # Imported here: TRL takes seconds, and everything above can already have refused the input.
     from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry, Trainer
 

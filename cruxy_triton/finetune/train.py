@@ -38,6 +38,7 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
         lr=lr,
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
+        state_bits=recipe.state_bits,
     )
 
 
