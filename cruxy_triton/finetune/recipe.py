@@ -89,7 +89,7 @@ class Recipe:
         if self.state_bits not in (8, 32):
             raise UserError(f"--state-bits is {self.state_bits}; expected 8 or 32")
         if self.state_bits == 8 and self.optimizer != "cruxy-lion":
-            raise UserError(f"--state-bits 8 is for --optimizer cruxy-lion; {self.optimizer} keeps its state in 32 bits")
+            raise UserError(f"--state-bits 8 is for --optimizer cruxy-lion; {self.optimizer} keeps 32 bits")
         for flag, value in (
             ("--batch-size", self.batch_size),
             ("--micro-batch-size", self.micro_batch_size),
