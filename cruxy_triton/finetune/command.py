@@ -85,7 +85,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _quiet()
+    _environment()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     if args.json:  # standard output is for the result alone
         say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
@@ -204,8 +204,11 @@ def _finish(result: Any, args: argparse.Namespace, say: Any) -> int:
     return 0
 
 
-def _quiet() -> None:
-    """Third-party progress bars and notices would bury ours; what they warn of stays."""
+def _environment() -> None:
+    """One GPU, and no third-party progress bars and notices, which would bury ours; what they warn of stays."""
+    if "LOCAL_RANK" not in os.environ:  # not under torchrun or accelerate launch
+        # With several GPUs in sight of one process transformers would use DataParallel, which TRL refuses.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
