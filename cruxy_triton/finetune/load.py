@@ -137,8 +137,13 @@ def max_length_of(config: Any) -> int | None:
     return None
 
 
-def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes)."""
+def model_of(
+    recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, attention: str | None = None
+) -> Any:
+    """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes).
+
+    `attention` is "sdpa" or "eager", what the plan counts with; None leaves transformers' choice.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
@@ -157,6 +162,7 @@ def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dty
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
+            attn_implementation=attention,
             quantization_config=quantization,
             # bitsandbytes quantizes while a weight is placed, so that the whole model never lies there unquantized.
             device_map={"": device} if recipe.load_in_4bit or device.type == "cuda" else None,

@@ -14,7 +14,43 @@ from cruxy_triton.planner.shape import FAMILIES
 MIB = 1 << 20
 DEFAULT_LENGTH = 1024  # tokens, where neither the recipe nor shorter data says otherwise
 SHORTER = (768, 512, 384, 256, 128, 64)
-CODECS = {"cruxy": "adamw-fp32", "cruxy-lion": "lion-fp32", "adamw": "adamw-fp32"}
+# (--optimizer, --state-bits) by the planner's name of the state's codec
+CODECS = {"adamw-fp32": ("cruxy", 32), "lion-fp32": ("cruxy-lion", 32), "lion-8bit": ("cruxy-lion", 8)}
+
+
+def codec_of(recipe: Recipe) -> str:
+    """The planner's name for the optimizer state that `recipe` keeps."""
+    if recipe.optimizer == "cruxy-lion":
+        return f"lion-{'fp32' if recipe.state_bits == 32 else '8bit'}"
+    return "adamw-fp32"
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The recipe's settings that a saved plan decides; raises UserError for a plan that `finetune` cannot run."""
+    config = plan.config
+    if config.method != "lora":
+        raise UserError(f"the plan is for {config.method} fine-tuning; `cruxy-triton finetune` trains LoRA adapters")
+    if not config.chunked_loss:
+        raise UserError("the plan keeps whole logits (chunked_loss = false); finetune's loss is always chunked")
+    if config.optimizer not in CODECS:
+        raise UserError(f"the plan's optimizer {config.optimizer!r} is none of {', '.join(CODECS)}")
+    optimizer, bits = CODECS[config.optimizer]
+    quantized = config.precision == "nf4"
+    return {
+        "max_seq_length": config.max_seq_length,
+        "batch_size": config.batch_size * config.gradient_accumulation,
+        "micro_batch_size": config.batch_size,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "lora_r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": list(config.target_modules),
+        "load_in_4bit": quantized,
+        "double_quant": config.double_quant if quantized else True,
+        "dtype": "auto" if quantized else config.precision,
+        "optimizer": optimizer,
+        "state_bits": bits,
+    }
 
 
 def card_of(recipe: Recipe, device: torch.device) -> Card:
@@ -68,7 +104,7 @@ def make_plan(
             lora_dropout=recipe.lora_dropout,
             checkpointing=option[0],
             chunked_loss=True,  # the only path of TRL's SFTTrainer
-            optimizer=CODECS[recipe.optimizer],
+            optimizer=codec_of(recipe),
             alternatives=False,
         )
 

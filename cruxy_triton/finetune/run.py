@@ -128,7 +128,8 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
 
     if plan is not None and plan.config.attention == "efficient":
         load.expand_key_value_heads()
-    model = load.add_lora(load.model_of(recipe, config, device, dtype), recipe)
+    attention = None if plan is None else "eager" if plan.config.attention == "eager" else "sdpa"
+    model = load.add_lora(load.model_of(recipe, config, device, dtype, attention), recipe)
     # Imported here: TRL takes seconds, and everything above can already have refused the input.
     from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry, Trainer
 
@@ -172,21 +173,21 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     trainer.add_callback(interruption)
     if record_gradients:
         trainer.add_callback(GradientRecorder(trainer, record_gradients))
-    if "before" not in run:
-        hooks.say(f"evaluating on {len(data.held_out)} held-out records before training")
-        run["before"] = trainer.held_out()
-        run["sample"] = _sample(trainer, tokenizer, data, recipe)
-        telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
-        files.write_json(folder.run_json, run)
     try:
+        if "before" not in run:
+            hooks.say(f"evaluating on {len(data.held_out)} held-out records before training")
+            run["before"] = trainer.held_out()
+            run["sample"] = _sample(trainer, tokenizer, data, recipe)
+            telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
+            files.write_json(folder.run_json, run)
         with interruption.installed():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         run["status"] = "out of memory"
         files.write_json(folder.run_json, run)
         raise TrainingFailed(
-            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): lower "
-            f"--max-seq-length, or close other programs and continue with --resume ({str(error).partition('.')[0]})"
+            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): close other "
+            f"programs and continue with --resume, or lower --max-seq-length ({str(error).partition('.')[0]})"
         ) from error
     step = trainer.state.global_step
     seconds = time.time() - started

@@ -38,6 +38,7 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
         lr=lr,
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
+        state_bits=recipe.state_bits,
     )
 
 
@@ -158,15 +159,14 @@ class Telemetry(TrainerCallback):
     def __init__(self, trainer: Trainer, show: Callable[[dict[str, Any], int], None]) -> None:
         self.trainer = trainer
         self.show = show
-        self.file = trainer.folder.metrics.open("a", encoding="utf-8")
         self.last = time.perf_counter()
         self.lr = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         # json has no NaN or infinity; null says that there was no finite value
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with self.trainer.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()

@@ -263,3 +263,20 @@ def test_other_architectures_train(architecture: str, small_model, questions: Pa
     assert done.returncode == 0, done.stderr
     result = record(command.folder / "run")["result"]
     assert result["after"]["loss"] < result["before"]["loss"] - 0.02
+
+
+def test_a_saved_plan_is_obeyed(small_model, questions: Path, command) -> None:
+    from cruxy_triton.planner import Card, plan
+
+    model = small_model()
+    answer = plan(model, Card.cpu("2GiB"), seq=96, batch=2, accumulation=3, lora_r=4, optimizer="lion-8bit")
+    answer.save(command.folder / "plan.toml")
+    words = ("finetune", model, "--data", questions, "--plan", "plan.toml", "--max-steps", "3", "--output", "run")
+    refused = command(*words, "--lora-r", "16")
+    assert refused.returncode == 2
+    assert "sets lora_r = 4" in refused.stderr
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    recipe = record(command.folder / "run")["recipe"]
+    assert (recipe["max_seq_length"], recipe["batch_size"], recipe["micro_batch_size"]) == (96, 6, 2)
+    assert (recipe["lora_r"], recipe["optimizer"], recipe["state_bits"]) == (4, "cruxy-lion", 8)
