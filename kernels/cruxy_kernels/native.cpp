@@ -155,14 +155,16 @@ void adamw_chunk(const Row& row, const Values& c, float step_size, int64_t start
     float* __restrict m = at<float>(row.exp_avg) + start;
     float* __restrict v = at<float>(row.exp_avg_sq) + start;
     const float keep = DECOUPLED ? 1 - c.lr * c.weight_decay : 1.0f, l2 = DECOUPLED ? 0.0f : c.weight_decay;
-    const float one_beta1 = 1 - c.beta1, one_beta2 = 1 - c.beta2;
+    // Copies: through the reference the compiler has to expect that a store changes them, and does not vectorise.
+    const float beta1 = c.beta1, beta2 = c.beta2, factor = c.factor, eps = c.eps;
+    const float one_beta1 = 1 - beta1, one_beta2 = 1 - beta2;
     for (int64_t i = 0; i < n; ++i) {
-        float gi = DECOUPLED ? g[i] * c.factor : g[i] * c.factor + l2 * p[i];
-        float mi = c.beta1 * m[i] + one_beta1 * gi, vi = c.beta2 * v[i] + one_beta2 * gi * gi;
+        float gi = DECOUPLED ? g[i] * factor : g[i] * factor + l2 * p[i];
+        float mi = beta1 * m[i] + one_beta1 * gi, vi = beta2 * v[i] + one_beta2 * gi * gi;
         m[i] = mi;
         v[i] = vi;
-        float numerator = NESTEROV ? c.beta1 * mi + one_beta1 * gi : mi;
-        p[i] = p[i] * keep - step_size * (numerator / (std::sqrt(vi) + c.eps));
+        float numerator = NESTEROV ? beta1 * mi + one_beta1 * gi : mi;
+        p[i] = p[i] * keep - step_size * (numerator / (std::sqrt(vi) + eps));
     }
 }
 
