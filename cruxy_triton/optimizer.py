@@ -148,6 +148,7 @@ class CruxyOptimizer(Optimizer):
         self._written: list[Any] = []
         self._calls_without_loss = 0
         self._log = torch.zeros((history, L.NUM_SLOTS))
+        self._log_start = 0  # calls before the log began: a resumed run has those of the run it continues
         self._pending: tuple[Any, Tensor] | None = None
         defaults = {
             "lr": lr,
@@ -421,11 +422,13 @@ class CruxyOptimizer(Optimizer):
         return old[1].tolist()
 
     def history(self) -> list[dict[str, Any]]:
-        """`metrics()` of the last steps (without `lrs`), oldest first, at most `history` of them."""
+        """`metrics()` of the last steps of this process (without `lrs`), oldest first."""
         size = len(self._log)
-        count = min(self._calls, size)
+        # Counted on the device: a replayed CUDA graph takes steps that the host does not see.
+        calls = int(self._control[0, L.STEP] + self._control[0, L.SKIPPED])
+        count = min(calls - self._log_start, size)
         rows = self._log.tolist()
-        return [_named(rows[call % size]) for call in range(self._calls - count, self._calls)]
+        return [_named(rows[call % size]) for call in range(calls - count, calls)]
 
     # -- checkpoints ------------------------------------------------------------------
 
