@@ -340,8 +340,8 @@ def lion_update_(
     Args:
         params, grads: tensors of the same shapes, on one device; the parameters all of one dtype, float32,
             bfloat16, float16 or float64.
-        exp_avgs: momentum `m` of the same shapes: float32 (float64 for float64 parameters), or the int8
-            codes of `quantize_blockwise`.
+        exp_avgs: momentum `m` of the same shapes: float32 (float64 for float64 parameters), float16 or
+            bfloat16 (rounded to nearest), or the int8 codes of `quantize_blockwise`.
         control: float32 (num_rows, layout.NUM_SLOTS), after `control_step`.
         exp_avg_scales: bfloat16 (ceil(numel/64),) for each tensor, with int8 codes only.
         rows: control row of each tensor; all in row 0 without it.
@@ -356,7 +356,7 @@ def lion_update_(
         s_list = [] if exp_avg_scales is None else [exp_avg_scales[i] for i in indices]
         multipliers = None if lr_multipliers is None else lr_multipliers[indices]
         keep = 1 - c.lr * c.weight_decay
-        dtype = torch.float32 if coded else exp_avgs[0].dtype
+        dtype = torch.float64 if exp_avgs[0].dtype == torch.float64 else torch.float32
         for piece in cut(4, dtype, p_list, g_list, m_list, coded=coded):
             (p, g, m, u), (p_views, g_views, m_views, u_views) = piece.flat, piece.views
             p_piece, m_piece = piece.select(p_list), piece.select(m_list)
