@@ -53,6 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and memory")
     add = model.add_argument
     add("--vram", dest="vram_bytes", type=_bytes, metavar="SIZE", help="memory budget, as 4GiB or 3800MiB", **suppress)
+    add("--plan", metavar="FILE", help="obey a plan saved by `cruxy-triton plan --save`")
     add("--load-in-4bit", action="store_true", help="4-bit NF4 base weights (bitsandbytes)", **suppress)
     add("--no-double-quant", dest="double_quant", action="store_false", help="plain NF4 constants", **suppress)
     add("--dtype", choices=DTYPES, help="base weights (default: by device)", **suppress)
@@ -68,6 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--optimizer", choices=OPTIMIZERS, help="default: cruxy", **suppress)
+    add("--state-bits", type=int, choices=(8, 32), help="momentum of cruxy-lion (default: 32)", **suppress)
     add("--mode", help="control law of CruxyOptimizer (default: meta3)", **suppress)
     add("--lr", type=float, help="peak learning rate (default: by optimizer)", **suppress)
     add("--lr-schedule", choices=SCHEDULES, help="default: linear", **suppress)
@@ -83,12 +85,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _quiet()
+    _environment()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     if args.json:  # standard output is for the result alone
         say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     else:
         say = lambda line: print(line, flush=True)  # noqa: E731
+    if args.plan is not None:
+        given = _obeying(args.plan, given)
     if args.demo:
         clash = sorted({"model", "data", "eval_data"} & set(given))
         if clash:
@@ -134,9 +138,28 @@ def run(args: argparse.Namespace) -> int:
     return _finish(result, args, say)
 
 
+def _obeying(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with the settings of the plan in `path`; raises UserError where the two contradict."""
+    from cruxy_triton.finetune.memory import settings_of
+    from cruxy_triton.planner import Plan
+
+    plan = Plan.load(path)
+    if not plan.fits:
+        raise UserError(f"the plan in {path} does not fit {plan.card}; make one that does")
+    settings = settings_of(plan)
+    for name, value in settings.items():
+        if name in given and given[name] != value:
+            raise UserError(
+                f"the plan in {path} sets {name} = {value!r}, but {given[name]!r} is given; leave one of them out"
+            )
+    if plan.hf_id:
+        given = {"model": plan.hf_id, **given}
+    return {**settings, **given}
+
+
 def _complete(given: dict[str, Any], demo: bool) -> dict[str, Any]:
     if demo:
-        given = {"output": "runs/demo", "max_seq_length": 128, "batch_size": 8, "max_steps": 150, **given}
+        given = {"output": "runs/demo", "max_seq_length": 128, "batch_size": 8, "max_steps": 200, **given}
         return {"model": "", "data": "", **given}
     for name, flag in (("model", "MODEL"), ("data", "--data FILE")):
         if name not in given:
@@ -181,8 +204,11 @@ def _finish(result: Any, args: argparse.Namespace, say: Any) -> int:
     return 0
 
 
-def _quiet() -> None:
-    """Third-party progress bars and notices would bury ours; what they warn of stays."""
+def _environment() -> None:
+    """One GPU, and no third-party progress bars and notices, which would bury ours; what they warn of stays."""
+    if "LOCAL_RANK" not in os.environ:  # not under torchrun or accelerate launch
+        # With several GPUs in sight of one process transformers would use DataParallel, which TRL refuses.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

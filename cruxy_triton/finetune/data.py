@@ -10,7 +10,9 @@ that trains every answer with any chat template, also those that cannot mark the
 
 import hashlib
 import json
+import math
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,21 @@ class Data:
     @property
     def packed(self) -> bool:
         return self.form == "text"
+
+    def longest(self, tokenizer: Any) -> int:
+        """Tokens of the longest training record, rounded up to a multiple of 64; a text has no limit of its own."""
+        if self.packed:
+            return sys.maxsize
+        whole = [_whole(record, tokenizer) for record in self.train]
+        lengths = (len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"])
+        return math.ceil((max(lengths) + 2) / 64) * 64  # 2: what the tokenizer may add at both ends
+
+
+def _whole(record: dict[str, Any], tokenizer: Any) -> str:
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str):
+        return prompt + completion
+    return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
 
 
 def load(
@@ -185,7 +202,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(source: str, subset: str | None, split: str) -> tuple[Iterator[tuple[str, Any]], str]:
-    if source.endswith((".json", ".jsonl", *TEXT_SUFFIXES)) or source.count("/") > 1 and not Path(source).exists():
+    if source.endswith((".json", ".jsonl", *TEXT_SUFFIXES)) or (source.count("/") > 1 and not Path(source).exists()):
         raise UserError(f"data file {source} does not exist")
     import datasets
 

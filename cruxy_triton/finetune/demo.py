@@ -15,6 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from cruxy_triton.optimizer import CruxyOptimizer
 
 VOCABULARY = 2048
 CONTEXT = 256
-PRETRAIN_STEPS = 400
+PRETRAIN_STEPS = 500
 PRETRAIN_BATCH = 16
 PRETRAIN_LENGTH = 128
 PRETRAIN_LR = 4e-3
@@ -158,8 +159,12 @@ def _pretraining_text(pieces: list[str], answers: set[str]) -> str:
 def _pretrain(text: str, folder: Path, say: Callable[[str], None]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_bpe(text), eos_token=EOS, bos_token=EOS, pad_token="<|pad|>", clean_up_tokenization_spaces=False
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=_bpe(text),
+        eos_token=EOS,
+        bos_token=EOS,
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
     )
     ids = torch.tensor(
         [i for e in tokenizer.backend_tokenizer.encode_batch(text.split(EOS)) for i in (*e.ids, tokenizer.eos_token_id)]
@@ -201,7 +206,8 @@ def _pretrain(text: str, folder: Path, say: Callable[[str], None]) -> None:
             optimizer.step(loss=loss)
             schedule.step()
             if step % 100 == 0:
-                say(f"  step {step}/{PRETRAIN_STEPS}  loss {loss.detach().item():.3f}  {time.perf_counter() - started:.0f} s")
+                seconds = time.perf_counter() - started
+                say(f"  step {step}/{PRETRAIN_STEPS}  loss {loss.detach().item():.3f}  {seconds:.0f} s")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -26,7 +26,7 @@ class RunFolder:
         """Checks that the run may use `path`; raises UserError where it may not."""
         self.path = Path(path).expanduser().absolute()
         self.resuming = resume
-        self._previous: Path | None = None
+        self._previous = self.path.with_name(f".{self.path.name}.previous")
         if overwrite and resume:
             raise UserError("--overwrite and --resume exclude each other; give one")
         if self.path.exists() and not self.path.is_dir():
@@ -66,7 +66,6 @@ class RunFolder:
         """Creates the folder; an earlier run there (--overwrite) is set aside until `finish`."""
         try:
             if self._must_replace:
-                self._previous = self.path.with_name(f".{self.path.name}.previous")
                 if self._previous.exists():
                     # Left by an overwrite that was itself interrupted: what lies at `path` is newer but unfinished,
                     # so the one set aside stays the earlier output and the unfinished one goes.
@@ -81,8 +80,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Called when the new output is complete: removes what --overwrite had set aside."""
-        if self._previous is not None:
-            shutil.rmtree(self._previous, ignore_errors=True)
+        shutil.rmtree(self._previous, ignore_errors=True)
 
     def read_run(self) -> dict[str, Any]:
         try:

@@ -36,7 +36,8 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
         raise UserError("--dtype float16 cannot train on a CPU (no gradient scaling there); use float32 or bfloat16")
     if recipe.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise UserError(
-            "--dtype bfloat16 is emulated on this GPU (compute capability below 8.0) and slower than float32; use float16"
+            "--dtype bfloat16 is only emulated on this GPU (compute capability below 8.0), and slower than float32; "
+            "use float16"
         )
     return getattr(torch, recipe.dtype)
 
@@ -44,7 +45,6 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 def config_of(recipe: Recipe) -> Any:
     """The transformers config of `recipe.model`, which is checked to be loadable as a causal LM."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = Path(recipe.model).expanduser()
     if folder.is_dir():
@@ -63,11 +63,9 @@ def config_of(recipe: Recipe) -> Any:
         recipe.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     )
     if not loadable:
-        known = ", ".join(m for m in ("llama", "qwen2", "qwen3", "gemma", "gemma2", "phi", "mistral"))
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         raise UserError(
             f"model {recipe.model} is of type {config.model_type!r}, which is no causal language model; expected one "
-            f"that transformers loads with AutoModelForCausalLM ({known}, ...)"
+            "that transformers loads with AutoModelForCausalLM (llama, qwen2, qwen3, gemma, phi, mistral, ...)"
         )
     return config
 
@@ -100,7 +98,8 @@ def _why_not_loaded(recipe: Recipe, error: Exception) -> str:
         return f"the model in {recipe.model} cannot be loaded: {first_line}"
     if "gated" in text.lower():
         return (
-            f"model {recipe.model} is gated: accept its licence on its Hugging Face page and log in with `hf auth login`"
+            f"model {recipe.model} is gated: accept its licence on its Hugging Face page, then log in with "
+            "`hf auth login`"
         )
     return (
         f"model {recipe.model} is neither a folder here nor a Hugging Face model that could be reached: check the "
@@ -138,8 +137,13 @@ def max_length_of(config: Any) -> int | None:
     return None
 
 
-def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes)."""
+def model_of(
+    recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, attention: str | None = None
+) -> Any:
+    """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes).
+
+    `attention` is "sdpa" or "eager", what the plan counts with; None leaves transformers' choice.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
@@ -158,6 +162,7 @@ def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dty
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
+            attn_implementation=attention,
             quantization_config=quantization,
             # bitsandbytes quantizes while a weight is placed, so that the whole model never lies there unquantized.
             device_map={"": device} if recipe.load_in_4bit or device.type == "cuda" else None,
@@ -171,12 +176,24 @@ def model_of(recipe: Recipe, config: Any, device: torch.device, dtype: torch.dty
         raise UserError(_why_not_loaded(recipe, error)) from error
     model.requires_grad_(False)
     model.config.use_cache = False
+    module: Any
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first use in evaluation mode, for a kernel
         # that has no backward; training after an evaluation would then lose the gradient of every layer below.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def expand_key_value_heads() -> None:
+    """Makes transformers repeat grouped key/value heads instead of passing `enable_gqa=True` to SDPA.
+
+    With it PyTorch has only the math kernel before compute capability 8.0, which keeps whole score matrices;
+    on repeated heads the memory-efficient kernel runs. Holds for the rest of the process.
+    """
+    from transformers.integrations import sdpa_attention
+
+    sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
 def _require_bitsandbytes() -> None:
@@ -187,9 +204,11 @@ def _require_bitsandbytes() -> None:
 
 
 def add_lora(model: Any, recipe: Recipe) -> Any:
-    """Wraps `model` in a peft model with float32 LoRA adapters on `recipe.target_modules`."""
+    """Wraps `model` in a peft model with float32 LoRA adapters on `recipe.target_modules`, drawn by `recipe.seed`."""
     from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
 
+    set_seed(recipe.seed)
     targets: Any = recipe.target_modules
     lora = LoraConfig(
         r=recipe.lora_r,

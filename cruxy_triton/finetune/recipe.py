@@ -56,6 +56,7 @@ class Recipe:
     # optimization
     optimizer: str = "cruxy"
     mode: str = "meta3"
+    state_bits: int = 32
     lr: float | None = None
     weight_decay: float = 0.0
     lr_schedule: str = "linear"
@@ -85,6 +86,10 @@ class Recipe:
         _choice("--lr-schedule", self.lr_schedule, SCHEDULES)
         _choice("--dtype", self.dtype, DTYPES)
         _choice("--device", self.device, DEVICES)
+        if self.state_bits not in (8, 32):
+            raise UserError(f"--state-bits is {self.state_bits}; expected 8 or 32")
+        if self.state_bits == 8 and self.optimizer != "cruxy-lion":
+            raise UserError(f"--state-bits 8 is for --optimizer cruxy-lion; {self.optimizer} keeps 32 bits")
         for flag, value in (
             ("--batch-size", self.batch_size),
             ("--micro-batch-size", self.micro_batch_size),
@@ -120,12 +125,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`; raises UserError where settings are missing or unknown (another version's)."""
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if odd := sorted(set(values) ^ known):
             raise UserError(
-                f"the saved recipe has settings this version does not know: {', '.join(unknown)}; "
-                "continue the run with the version that wrote it (see run.json)"
+                f"the recipe in run.json does not fit this version: {', '.join(odd)} missing or unknown; "
+                "continue the run with the version that wrote it (run.json names it)"
             )
         return cls(**values)
 

@@ -32,9 +32,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     x = [row["step"] for row in steps]
     panels[0].plot(x, [row["loss"] for row in steps], lw=0.8, alpha=0.5, color="C0", label="training, each step")
     panels[0].plot(x, _smooth([row["loss"] for row in steps]), color="C0", label="training, running mean of 10")
-    panels[0].plot(
-        [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], "o-", color="C3", label="held out"
-    )
+    held_out = [row["eval_loss"] for row in evaluations]
+    panels[0].plot([row["step"] for row in evaluations], held_out, "o-", color="C3", label="held out")
     panels[0].set_ylabel("loss (nats a token)")
     panels[0].legend()
     panels[1].plot(x, [row["lr"] for row in steps], color="C1", label="schedule")
@@ -90,13 +89,14 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{run['records']['dropped']} dropped |",
         f"| sequence length, batch | {recipe['max_seq_length']} tokens, {recipe['batch_size']} sequences a step "
         f"in micro-batches of {recipe['micro_batch_size']} |",
-        f"| base weights | {run['dtype']}, gradient checkpointing {'on' if recipe['gradient_checkpointing'] else 'off'} |",
+        f"| base weights | {run['dtype']}, gradient checkpointing "
+        f"{'on' if recipe['gradient_checkpointing'] else 'off'} |",
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
         f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
         + ("" if recipe["optimizer"] == "adamw" else f", mode {recipe['mode']}")
-        + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g}), weight decay "
-        f"{recipe['weight_decay']:g} |",
+        + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g}), "
+        f"weight decay {recipe['weight_decay']:g} |",
         f"| seed | {recipe['seed']} |",
         f"| memory | {_memory(run)} |",
         f"| versions | {', '.join(f'{k} {v}' for k, v in run['versions'].items())} |",
@@ -116,7 +116,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({recipe['model']!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({recipe['model']!r}, dtype='auto')",
         "model = PeftModel.from_pretrained(base, 'adapter')  # the folder beside this report",
         "tokenizer = AutoTokenizer.from_pretrained('adapter')",
         "```",
@@ -129,7 +129,8 @@ def _memory(run: dict[str, Any]) -> str:
     result = run["result"]
     parts = []
     if run.get("plan"):
-        parts.append(f"planned peak {run['plan']['peak_bytes'] / MIB:,.0f} MiB")
+        what = "of the tensors " if "peak_rss_bytes" in result else ""
+        parts.append(f"planned peak {what}{run['plan']['peak_bytes'] / MIB:,.0f} MiB")
     if "peak_reserved_bytes" in result:
         parts.append(
             f"measured {result['peak_allocated_bytes'] / MIB:,.0f} MiB allocated, "

@@ -20,7 +20,17 @@ from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
 
 PACKAGES = (
-    "cruxy-triton torch triton transformers trl peft accelerate datasets tokenizers bitsandbytes safetensors".split()
+    "cruxy-triton",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "safetensors",
 )
 # Settings that a resumed run may differ in: they do not change what is computed.
 RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
@@ -110,12 +120,16 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         f"data: {len(data.train)} records to train on, {len(data.held_out)} held out ({data.form})"
         + (f"; {data.skipped_empty} without an answer left out" if data.skipped_empty else "")
     )
-    plan = memory.make_plan(recipe, config, device, dtype, longest)
-    for line in memory.describe(plan):
+    longest_record = data.longest(tokenizer)
+    plan = memory.make_plan(recipe, config, device, dtype, longest or longest_record, longest_record)
+    for line in memory.describe(plan, recipe):
         hooks.say(line)
     memory.limit(recipe, device)
 
-    model = load.add_lora(load.model_of(recipe, config, device, dtype), recipe)
+    if plan is not None and plan.config.attention == "efficient":
+        load.expand_key_value_heads()
+    attention = None if plan is None else "eager" if plan.config.attention == "eager" else "sdpa"
+    model = load.add_lora(load.model_of(recipe, config, device, dtype, attention), recipe)
     # Imported here: TRL takes seconds, and everything above can already have refused the input.
     from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry, Trainer
 
@@ -128,7 +142,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         f"{trainable:,} trainable parameters in {sum(p.requires_grad for p in model.parameters())} adapter tensors"
     )
     if lengths["cut"]:
-        hooks.say(f"note: {lengths['cut']} of {len(data.train)} records reach {recipe.max_seq_length} tokens and are cut")
+        hooks.say(f"note: {lengths['cut']} of {len(data.train)} records are cut at {recipe.max_seq_length} tokens")
     if lengths["dropped"]:
         hooks.say(f"note: {lengths['dropped']} records are left out: their prompt alone fills the sequence length")
 
@@ -141,7 +155,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         "trainable_parameters": trainable,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "dtype": "nf4" if recipe.load_in_4bit else str(dtype).removeprefix("torch."),
-        "plan": memory.to_dict(plan),
+        "plan": None if plan is None else plan.to_dict(),
         "versions": versions(),
         "command": sys.argv,
     }
@@ -159,21 +173,21 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     trainer.add_callback(interruption)
     if record_gradients:
         trainer.add_callback(GradientRecorder(trainer, record_gradients))
-    if "before" not in run:
-        hooks.say(f"evaluating on {len(data.held_out)} held-out records before training")
-        run["before"] = trainer.held_out()
-        run["sample"] = _sample(trainer, tokenizer, data, recipe)
-        telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
-        files.write_json(folder.run_json, run)
     try:
+        if "before" not in run:
+            hooks.say(f"evaluating on {len(data.held_out)} held-out records before training")
+            run["before"] = trainer.held_out()
+            run["sample"] = _sample(trainer, tokenizer, data, recipe)
+            telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
+            files.write_json(folder.run_json, run)
         with interruption.installed():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         run["status"] = "out of memory"
         files.write_json(folder.run_json, run)
         raise TrainingFailed(
-            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): lower "
-            f"--max-seq-length, or close other programs and continue with --resume ({str(error).partition('.')[0]})"
+            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): close other "
+            f"programs and continue with --resume, or lower --max-seq-length ({str(error).partition('.')[0]})"
         ) from error
     step = trainer.state.global_step
     seconds = time.time() - started

@@ -38,6 +38,7 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
         lr=lr,
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
+        state_bits=recipe.state_bits,
     )
 
 
@@ -49,6 +50,8 @@ class Trainer(SFTTrainer):
     ) -> None:
         import datasets
 
+        assert recipe.micro_batch_size is not None, "the plan decides the micro-batch size first"
+        self.peft_model = model  # transformers types its own `model` as one that may be absent
         self.recipe = recipe
         self.folder = folder
         self.step_loss: torch.Tensor | None = None
@@ -97,7 +100,7 @@ class Trainer(SFTTrainer):
             self.remove_callback(callback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
             self.optimizer.register_step_pre_hook(self._give_loss)
@@ -135,7 +138,7 @@ class Trainer(SFTTrainer):
 
     def held_out(self) -> dict[str, float]:
         """Mean negative log-likelihood a token (nats) over the held-out set, its perplexity, and the tokens."""
-        self.model.eval()
+        self.peft_model.eval()
         total = torch.zeros((), dtype=torch.float64)
         tokens = 0
         one = torch.ones((), device=self.args.device)  # sum instead of mean
@@ -143,9 +146,9 @@ class Trainer(SFTTrainer):
             batch = self._prepare_inputs(batch)
             tokens += int((batch["labels"][:, 1:] != -100).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
-                total += self.compute_loss(self.model, batch, num_items_in_batch=one).double().cpu()
+                total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
         self._metrics["eval"].clear()
-        self.model.train()
+        self.peft_model.train()
         loss = float(total) / tokens
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
 
@@ -156,15 +159,14 @@ class Telemetry(TrainerCallback):
     def __init__(self, trainer: Trainer, show: Callable[[dict[str, Any], int], None]) -> None:
         self.trainer = trainer
         self.show = show
-        self.file = trainer.folder.metrics.open("a", encoding="utf-8")
         self.last = time.perf_counter()
         self.lr = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         # json has no NaN or infinity; null says that there was no finite value
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with self.trainer.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
@@ -212,7 +214,7 @@ class GradientRecorder(TrainerCallback):
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = {
             name: (p.grad.detach().float() / scale).cpu().contiguous()
-            for name, p in self.trainer.model.named_parameters()
+            for name, p in self.trainer.peft_model.named_parameters()
             if p.grad is not None
         }
         save_file(gradients, self.path / f"step-{step:05d}.safetensors")

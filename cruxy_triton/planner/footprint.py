@@ -30,12 +30,15 @@ NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256  # bitsandbytes' block sizes: codes per ab
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "nf4": 2}
 
-# Optimizer state, bytes a trainable fp32 parameter. Lion 8-bit: one code and a 4-byte scale per 128.
-OPTIMIZERS: dict[str, float] = {
-    "adamw-fp32": 8.0,
-    "lion-fp32": 4.0,
-    "lion-8bit": 1 + 4 / 128,
-    "sgd": 0.0,
+# Optimizer: (state, transient) in bytes a trainable fp32 parameter. The first three are CruxyOptimizer's codecs,
+# one pass over the tensors without temporaries; Lion 8-bit: one code and a 4-byte scale per 128.
+# torch-adamw is torch.optim.AdamW in its CUDA default (foreach), which makes the square roots of exp_avg_sq.
+OPTIMIZERS: dict[str, tuple[float, float]] = {
+    "adamw-fp32": (8.0, 0.0),
+    "lion-fp32": (4.0, 0.0),
+    "lion-8bit": (1 + 4 / 128, 0.0),
+    "torch-adamw": (8.0, 4.0),
+    "sgd": (0.0, 0.0),
 }
 
 
@@ -119,6 +122,7 @@ class _Run:
         self.shape = step.shape
         self.full = step.lora_r == 0
         self.trained: list[Parameter] = []
+        self.plain: list[Parameter] = []  # weights that are not quantised
         self.heads = ops.Heads(
             step.batch,
             step.seq,
@@ -133,7 +137,8 @@ class _Run:
     # -- weights ---------------------------------------------------------------------------------
 
     def _weight(self, n: int) -> Parameter:
-        parameter = self.ld.parameter(n, self.step.stream, "weights", self.full)
+        parameter = self.ld.parameter(n, BYTES[self.step.precision], "weights", self.full)
+        self.plain.append(parameter)
         if self.full:
             self.trained.append(parameter)
         return parameter
@@ -142,6 +147,8 @@ class _Run:
         step, ld = self.step, self.ld
         if step.precision != "nf4":
             return self._weight(spec.weight)
+        # from_pretrained puts the weight on the device in 16 bits and quantises it there
+        whole = ld.buffer(2 * spec.weight, "weights")
         codes = [ld.buffer(-(-spec.weight // 2), "weights")]
         blocks = -(-spec.weight // NF4_BLOCK)
         if step.double_quant:
@@ -154,32 +161,36 @@ class _Run:
         else:
             codes.append(ld.buffer(blocks * 4, "quantisation"))
         codes.append(ld.buffer(16 * 4, "quantisation"))  # the code book
+        del whole
         return ops.Linear4bit(codes, spec.rows, spec.cols, step.double_quant)
 
     def _load(self) -> None:
         step, shape, ld = self.step, self.shape, self.ld
         ld.enter("load")
-        self.embedding = self._weight(shape.vocab_size * shape.hidden_size)
-        self.head = (
-            self.embedding
-            if shape.tie_word_embeddings
-            else self._weight(shape.vocab_size * shape.hidden_size)
-        )
-        layer_norm = shape.family.norm == "layer"
-        self.final = [self._weight(shape.hidden_size) for _ in range(2 if layer_norm else 1)]
-        if shape.family.head_bias:
-            self.final.append(self._weight(shape.vocab_size))
+        # from_pretrained fills a model in the natural order of its keys: lm_head, embed_tokens, layers, norm; in a
+        # layer, norms aside, mlp before self_attn and each by name
+        table = shape.vocab_size * shape.hidden_size
+        head = None if shape.tie_word_embeddings else self._weight(table)
+        self.embedding = self._weight(table)
+        self.head = head or self.embedding
+        specs = sorted(shape.linears(), key=lambda x: (x.name in shape.family.names[:4], x.name))
         self.layers: list[_Layer] = []
         for _ in range(shape.num_hidden_layers):
-            linears = {spec.name: self._linear(spec) for spec in shape.linears()}
-            if step.precision == "nf4":
-                # from_pretrained puts a weight on the device in 16 bits, then quantises it there
-                largest = max(spec.weight for spec in shape.linears())
-                transient = ld.buffer(2 * largest, "activations")
-                del transient
+            linears: dict[str, Parameter | ops.Linear4bit] = {}
+            biases = []
+            for spec in specs:
+                if spec.bias:
+                    biases.append(self._weight(spec.rows))
+                linears[spec.name] = self._linear(spec)
             norms = [self._weight(n) for n in shape.norms()]
-            biases = [self._weight(spec.rows) for spec in shape.linears() if spec.bias]
             self.layers.append(_Layer(linears, {}, norms, biases))
+        final = 2 if shape.family.norm == "layer" else 1
+        self.final = [self._weight(shape.hidden_size) for _ in range(final)]
+        if shape.family.head_bias:
+            self.final.append(self._weight(shape.vocab_size))
+        if step.kbit_prepared:
+            for parameter in self.plain:
+                parameter.storage, parameter.b = Storage(ld, 4 * parameter.n, "weights"), 4
         if not self.full:
             for layer in self.layers:
                 for spec in shape.linears():
@@ -242,7 +253,7 @@ class _Run:
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ld, step, heads = self.ld, self.step, self.heads
         if step.attention == "efficient":
-            k, v = ops.repeat_kv(ld, k, heads.groups), ops.repeat_kv(ld, v, heads.groups)
+            k, v = (ops.repeat_kv(ld, t, heads.groups, heads.key_heads) for t in (k, v))
             heads = replace(heads, key_heads=heads.query_heads)
         if step.half:
             q, k, v = (ops.cast(ld, t, step.half) for t in (q, k, v))
@@ -303,11 +314,18 @@ class _Run:
         rotary_width = int(shape.head_dim * shape.partial_rotary_factor)
         self.position = [ld.new(step.seq * rotary_width, step.stream) for _ in range(2)]
         if step.attention == "eager":
-            self.mask = ld.new(step.batch * step.seq * step.seq, step.stream)
+            allowed = ld.new(step.seq * step.seq, 1)
+            # Gemma 2 has one more for its layers with a sliding window
+            masks = 2 if shape.model_type == "gemma2" else 1
+            self.mask = [ld.new(step.batch * step.seq * step.seq, step.stream) for _ in range(masks)]
+            del allowed
         for index, layer in enumerate(self.layers):
             ld.scope = f"layer{index}"
             if step.checkpointing:
-                x = checkpoint(ld, lambda y, layer=layer: self._block(layer, y), x)
+                # the checkpointed call keeps its arguments, the mask among them, until its backward has run
+                kept = (self.mask[index % len(self.mask)] if self.mask else None, *self.position)
+                x = checkpoint(ld, lambda y, layer=layer, kept=kept: self._block(layer, y), x)
+                del kept
             else:
                 x = self._block(layer, x)
         ld.scope = "head"
@@ -401,7 +419,7 @@ class _Run:
         ld.enter("forward")
         self._workspace(0)
         logits = None
-        self.mask = None
+        self.mask = []
         if step.autocast:
             with ld.autocast():
                 x = self._forward()
@@ -413,7 +431,7 @@ class _Run:
             loss, logits = (self._chunked_loss(x), None) if step.chunked_loss else self._stock_loss(x)
         del x
         self.position = []
-        self.mask = None
+        self.mask = []
         if not step.keep_outputs:
             logits = None
         ld.enter("backward:head")
@@ -424,11 +442,16 @@ class _Run:
     def optimizer_step(self) -> None:
         ld = self.ld
         ld.enter("optimizer")
+        state, transient = OPTIMIZERS[self.step.optimizer]
         if not self.optimizer_state:
-            each = OPTIMIZERS[self.step.optimizer]
+            # as separate tensors, which is what decides the allocator's pools
+            sizes = [4.0] * int(state // 4) or [state] * bool(state)
             self.optimizer_state = [
-                ld.buffer(int(p.n * each) or 1, "optimizer state") for p in self.trained if each
+                ld.buffer(int(p.n * each) or 1, "optimizer state") for p in self.trained for each in sizes
             ]
+        if transient:
+            held = [ld.buffer(int(p.n * transient), "workspaces") for p in self.trained]
+            del held
         for parameter in self.trained:
             parameter.grad = None
 
@@ -444,6 +467,15 @@ def walk(step: Step, steps: int = 2, record: bool = False) -> Ledger:
         run.optimizer_step()
     ledger.enter("end")
     return ledger
+
+
+def load_events(step: Step) -> list[tuple[int, int]]:
+    """The allocations of loading alone: quantisation's temporaries included, everything left in place."""
+    ledger = Ledger(512 if step.device == "cuda" else 1, record=True)
+    run = _Run(step, ledger)
+    events = list(ledger.events or ())
+    del run
+    return events
 
 
 def _summary(ledger: Ledger, layers: int) -> dict[str, tuple[int, dict[str, int]]]:

@@ -314,11 +314,12 @@ def partial_rotary(ld: Ledger, x: Tensor, fraction: float) -> tuple[Tensor, Tens
     return _half_of(ld, x, n), _half_of(ld, x, x.n - n)
 
 
-def repeat_kv(ld: Ledger, x: Tensor, groups: int) -> Tensor:
-    """transformers' repeat_kv: a copy with each key/value head `groups` times; x itself where groups is 1."""
+def repeat_kv(ld: Ledger, x: Tensor, groups: int, heads: int) -> Tensor:
+    """transformers' repeat_kv: each key/value head `groups` times. x itself where groups is 1, a view where there
+    is but one head (the repeated dimension has stride 0), else a copy."""
     if groups == 1:
         return x
-    out = ld.new(x.n * groups, x.b)
+    out = Tensor(x.storage, x.n * groups, x.b) if heads == 1 else ld.new(x.n * groups, x.b)
     n = x.n
     return record(ld, out, (x,), lambda g: (ld.new(n, g.b),), []) if x.requires_grad else out
 
@@ -426,10 +427,11 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """transformers' eager_attention_forward: (output, attention weights)."""
     split = h.batch > 1  # [B, S, H, D] in memory: B and H merge to one dimension only where B is 1
-    keys = repeat_kv(ld, k, h.groups)
-    values = repeat_kv(ld, v, h.groups)
+    strided = split and (h.groups == 1 or h.key_heads == 1)
+    keys = repeat_kv(ld, k, h.groups, h.key_heads)
+    values = repeat_kv(ld, v, h.groups, h.key_heads)
     a, b = (cast(ld, q, half), cast(ld, keys, half)) if half else (q, keys)
-    weights = matmul4(ld, a, b, h.scores, (split, split and h.groups == 1))
+    weights = matmul4(ld, a, b, h.scores, (split, strided))
     del a, b
     weights = unary(ld, weights)  # * scaling
     if softcap:
@@ -439,7 +441,7 @@ def eager_attention(
     weights = unary_through(ld, weights)  # + mask
     weights = cast(ld, softmax(ld, weights, 4, cuda), q.b)
     probabilities, values = (cast(ld, weights, half), cast(ld, values, half)) if half else (weights, values)
-    out = matmul4(ld, probabilities, values, q.n, (False, split and h.groups == 1))
+    out = matmul4(ld, probabilities, values, q.n, (False, strided))
     del probabilities
     out = copy(ld, out)
     return out, weights
@@ -477,7 +479,7 @@ def math_attention(ld: Ledger, q: Tensor, k: Tensor, v: Tensor, h: Heads, cuda: 
     out_b = q.b
     q, k, v = (cast(ld, t, 4) for t in (q, k, v))
     bias = ld.new(h.seq * h.seq, 4)
-    k, v = repeat_kv(ld, k, h.groups), repeat_kv(ld, v, h.groups)
+    k, v = repeat_kv(ld, k, h.groups, h.key_heads), repeat_kv(ld, v, h.groups, h.key_heads)
     q, k = unary(ld, q), unary(ld, k)
     scores = matmul4(ld, q, k, h.scores, (h.batch > 1, h.batch > 1))
     scores = unary_through(ld, scores)

@@ -44,7 +44,7 @@ def traffic(step: Step) -> dict[str, float]:
     return {
         "weights": reads * one_pass,
         "head": (3 if step.chunked_loss else 2) * shape.vocab_size * shape.hidden_size * width,
-        "optimizer": trainable * (4 + 4 + 4 + 2 * OPTIMIZERS[step.optimizer]),
+        "optimizer": trainable * (4 + 4 + 4 + 2 * OPTIMIZERS[step.optimizer][0]),
     }
 
 

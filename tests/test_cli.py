@@ -1,0 +1,55 @@
+"""The command as such: exit codes, help, and what it does not import."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cruxy_triton import __version__, cli
+
+
+def test_version_and_help(command) -> None:
+    done = command("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"cruxy-triton {__version__}")
+    done = command("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_has_help_without_importing_torch(name: str) -> None:
+    code = (
+        "import sys; from cruxy_triton import cli\n"
+        f"try: cli.main([{name!r}, '--help'])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "sys.exit(code or ('torch' in sys.modules and 'help imported torch'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: cruxy-triton {name}" in done.stdout
+
+
+def test_a_failure_that_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import cruxy_triton.doctor
+
+    def broken() -> None:
+        raise OSError("the disk is on fire\nand more")
+
+    monkeypatch.setattr(cruxy_triton.doctor, "examine", broken)
+    assert cli.main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cruxy-triton doctor: error: OSError: the disk is on fire (")
+    assert "and more" not in error
+    with pytest.raises(OSError, match="on fire"):
+        cli.main(["doctor", "--debug"])
+
+
+def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import cruxy_triton.doctor
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cruxy_triton.doctor, "examine", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err

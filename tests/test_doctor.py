@@ -1,0 +1,91 @@
+"""`cruxy-triton doctor`: what it finds here, and what it says about machines that are not here."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cruxy_triton import doctor
+
+TURING = {
+    "name": "NVIDIA GeForce GTX 1650",
+    "major": 7,
+    "minor": 5,
+    "multi_processor_count": 14,
+}
+
+
+def test_this_machine(command) -> None:
+    done = command("doctor", "--json")
+    findings = json.loads(done.stdout)
+    assert done.returncode == (1 if any(p["severity"] == "error" for p in findings["problems"]) else 0)
+    assert findings["versions"]["torch"] == torch.__version__
+    assert findings["backend"]["name"] in ("triton", "torch")
+    assert len(findings["devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    text = command("doctor").stdout
+    assert torch.__version__ in text
+    assert f"because {findings['backend']['reason']}" in text
+
+
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GTX 1650 as torch would report it; only what the doctor asks for is faked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**TURING))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index=0: (3 * 2**30, 4 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_86", "compute_120"])
+
+
+def test_turing_trains_in_float16_and_is_told_about_triton(turing: None) -> None:
+    problems: list[doctor.Problem] = []
+    devices = doctor._devices(problems)
+    doctor._check_triton(devices, problems)
+    assert devices[0]["training_dtype"] == "float16"
+    assert [p.severity for p in problems] == ["note", "note"]
+    assert "bfloat16 by emulation" in problems[0].what
+    assert "CRUXY_BACKEND=torch" in problems[1].remedy
+
+
+def test_a_card_that_torch_has_no_code_for(turing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    problems: list[doctor.Problem] = []
+    doctor._devices(problems)
+    assert problems[0].severity == "error"
+    assert "compute capability 7.5" in problems[0].what
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((7, 5), ["sm_75"], True),
+        ((8, 9), ["sm_86"], True),  # binary code runs on later minor versions
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((12, 0), ["compute_90"], True),  # PTX is compiled on the spot
+        ((6, 1), ["sm_75", "compute_90"], False),
+        ((9, 0), ["sm_90a"], True),
+    ],
+)
+def test_code_for_a_capability(capability: tuple[int, int], architectures: list[str], expected: bool) -> None:
+    assert doctor._has_code_for(capability, architectures) is expected
+
+
+def test_a_driver_without_a_cuda_build_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    problems: list[doctor.Problem] = []
+    doctor._check_torch_build(problems)
+    assert problems[0].severity == "error"
+    assert "built without CUDA" in problems[0].what
+
+
+def test_a_missing_bitsandbytes_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    problems: list[doctor.Problem] = []
+    doctor._check_bitsandbytes([], problems)
+    assert problems[0].severity == "note"
+    assert "--load-in-4bit" in problems[0].what
