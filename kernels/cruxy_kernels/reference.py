@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec_reference import BLOCK, decode_rows, encode_rows
+from cruxy_kernels.codec_reference import (
+    BLOCK,
+    decode_rows,
+    dequantize_blockwise,
+    encode_rows,
+    quantize_blockwise,
+)
 from cruxy_kernels.pieces import Piece, copy_all, cut
 from cruxy_kernels.rounding_reference import random_bits, round_stochastic
 
@@ -404,6 +410,7 @@ def adamw_update_(
     maximize: bool = False,
     nesterov: bool = True,
     decoupled: bool = True,
+    exp_avg_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """AdamW in place, with clipping, unscaling and the skip flag taken from `control`.
 
@@ -418,10 +425,22 @@ def adamw_update_(
 
     Args:
         exp_avgs, exp_avg_sqs: first and second moment, float32 (float64 for float64 parameters).
+        exp_avg_scales: makes `exp_avgs` the int8 codes of `quantize_blockwise`, these their scales.
         nesterov: look one step of momentum ahead (the SDK's default).
         decoupled: weight decay on the parameter (AdamW) and not through the gradient (Adam).
         The others are those of `lion_update_`.
     """
+    if exp_avg_scales is not None:
+        decoded = [dequantize_blockwise(c, s) for c, s in zip(exp_avgs, exp_avg_scales, strict=True)]
+        adamw_update_(
+            params, grads, decoded, exp_avg_sqs, control, rows=rows, lr_multipliers=lr_multipliers,
+            grad_scale=grad_scale, maximize=maximize, nesterov=nesterov, decoupled=decoupled,
+        )  # fmt: skip
+        skip = control[0, L.SKIP] > 0  # the same in every row
+        for m, codes, scales in zip(decoded, exp_avgs, exp_avg_scales, strict=True):
+            for target, value in zip((codes, scales), quantize_blockwise(m), strict=True):
+                target.copy_(torch.where(skip, target, value))
+        return
     for row, indices in _row_runs(rows, len(params)):
         c = _Row(control, row, grad_scale, maximize)
         p_list, g_list = [params[i] for i in indices], [grads[i] for i in indices]

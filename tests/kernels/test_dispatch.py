@@ -2,9 +2,10 @@
 
 import inspect
 
-import cruxy_kernels
 import pytest
 import torch
+
+import cruxy_kernels
 from cruxy_kernels import dispatch, reference
 
 
@@ -64,7 +65,7 @@ def test_float64_is_served_and_announced(monkeypatch):
     large = [torch.ones(1 << 19, dtype=torch.float64)]
     with pytest.warns(UserWarning, match="float64 tensors are served by PyTorch"):
         assert dispatch.choose(large) == "torch"
-    with pytest.raises(TypeError, match="got torch.float64"):
+    with pytest.raises(TypeError, match=r"got torch\.float64"):
         dispatch.choose(large, "triton")
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from cruxy_kernels import codec_reference, dispatch, native, reference
 from cruxy_kernels import layout as L
 

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+
 from cruxy_kernels import layout as L
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,10 +7,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cruxy_kernels import codec, codec_reference, rounding_reference
-from cruxy_kernels.rounding import random_bits, round_stochastic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from cruxy_kernels import codec, codec_reference, rounding_reference
+from cruxy_kernels.rounding import random_bits, round_stochastic
 
 SIZES = (0, 1, 63, 64, 65, 127, 128, 129, 2048, 65537)
 

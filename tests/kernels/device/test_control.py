@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from cruxy_kernels import control as kernel
 from cruxy_kernels import layout as L
 from cruxy_kernels import reference
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 # fp32 against float64: a step makes some twenty roundings, and the EMAs forget old errors at 1 - alpha a step. The
 # worst slot is the PD error v_fast - v_slow, a difference of nearly equal numbers: bounded by the terms.

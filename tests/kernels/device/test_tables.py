@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cruxy_kernels import adamw, control, launch, lion, tables, telemetry
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec_reference import quantize_blockwise
@@ -130,3 +131,20 @@ def test_no_synchronisation(device, control_rows):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert values[0, L.SKIP] == 0
+
+
+def test_rows_are_where_kernels_look(device, cache, control_rows):
+    """Column numbers are one contract of the table and the kernels: a row written by hand gives the same step."""
+    p, g, m = (torch.randn(8, device=device) for _ in range(3))
+    wanted = [p.clone(), g.clone(), m.clone()]
+    lion.lion_update_([wanted[0]], [wanted[1]], [wanted[2]], control_rows())
+    row = [p.data_ptr(), g.data_ptr(), m.data_ptr(), 0, 0, 0, 8, 0, 0, 0, 0]
+    rows = torch.tensor([row], dtype=torch.int64, device=device)
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    control_vector = control_rows()
+    launch.launch(
+        lion.lion_kernel, 1, rows, zero, zero, control_vector, control_vector, control_vector, PARAM_TYPE="fp32",
+        GRAD_TYPE="fp32", STATE_TYPE="fp32", HAS_MULTIPLIERS=False, HAS_GRAD_SCALE=False, MAXIMIZE=False,
+        ROWS=tables.CHUNK // 64,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip((p, g, m), wanted, strict=True))

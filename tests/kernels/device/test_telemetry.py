@@ -5,9 +5,10 @@ import struct
 
 import pytest
 import torch
-from cruxy_kernels import launch, reference, tables, telemetry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from cruxy_kernels import launch, reference, tables, telemetry
 
 # fp32 sums of n terms in chunks: lanes of up to a few hundred terms, then a tree. Each addition rounds by 6e-8, the
 # errors are random, and all terms are positive: 1e-5 leaves a margin of ten for the sizes here.

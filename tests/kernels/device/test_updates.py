@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from cruxy_kernels import adamw, lion, reference
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec_reference import dequantize_blockwise, quantize_blockwise
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 # A sum takes a few fp32 roundings (6e-8 each) of its terms, so errors are bounded by the terms, not by the sum.
 ROUNDINGS = 3e-7
