@@ -141,3 +141,31 @@ def read_gradients(path: Path) -> tuple[dict[str, Tensor], str]:
     if not gradients or len(lengths) != 1:
         raise UserError(f"{path}: expected (steps, *shape) tensors with equal steps, found steps {lengths}")
     return gradients, source
+
+
+def table(path: Path, betas: tuple[float, float], skip: int = 0) -> tuple[list[dict], str]:
+    """A row for each candidate, fewest flips first, and the source of the gradients.
+
+    Every tensor is padded to whole blocks on its own, as the optimizer stores it.
+    """
+    gradients, source = read_gradients(path)
+    steps = len(next(iter(gradients.values())))
+    rows = []
+    for candidate in candidates():
+        padded = []
+        for g in gradients.values():
+            flat = g.reshape(steps, -1).float()
+            padded.append(torch.nn.functional.pad(flat, (0, -flat.shape[1] % candidate.block)))
+        together = torch.cat(padded, dim=1)  # one long tensor: the same blocks, far fewer operators
+        real = sum(g[0].numel() for g in gradients.values())
+        different, _ = flips(together.unbind(0), candidate, betas, skip)  # padding is 0 in both and never flips
+        rows.append(
+            {
+                "name": candidate.name,
+                "block": candidate.block,
+                "scale": candidate.scale,
+                "state_bytes_a_parameter": candidate.state_bytes,
+                "flips": different / (real * (steps - skip)),
+            }
+        )
+    return sorted(rows, key=lambda row: row["flips"]), source

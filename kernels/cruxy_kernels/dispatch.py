@@ -296,6 +296,7 @@ def adamw_update_(
     maximize: bool = False,
     nesterov: bool = True,
     decoupled: bool = True,
+    exp_avg_scales: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> None:
     """AdamW in place; clip, betas, learning rate, bias corrections and the skip flag come from `control`.
@@ -309,11 +310,13 @@ def adamw_update_(
     Computed in fp32. 16-bit parameters are rounded stochastically. Where SKIP is set nothing changes.
 
     Args:
-        exp_avgs, exp_avg_sqs: first and second moment, float32.
+        exp_avgs: first moment, float32, or int8 codes of `quantize_blockwise`.
+        exp_avg_sqs: second moment, float32.
         nesterov: look one step of momentum ahead.
         decoupled: weight decay on the parameter (AdamW) and not through the gradient (Adam).
         The others are those of `lion_update_`.
     """
+    _check_state(exp_avgs, exp_avg_scales)
     chosen = choose([*params, *grads], backend, [*exp_avgs, *exp_avg_sqs])
     implementation("adamw_update_", chosen)(
         params,
@@ -327,6 +330,7 @@ def adamw_update_(
         maximize=maximize,
         nesterov=nesterov,
         decoupled=decoupled,
+        **({} if exp_avg_scales is None else {"exp_avg_scales": exp_avg_scales}),
     )
 
 

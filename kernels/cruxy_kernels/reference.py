@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec_reference import BLOCK, decode_rows, encode_rows
+from cruxy_kernels.codec_reference import (
+    BLOCK,
+    decode_rows,
+    dequantize_blockwise,
+    encode_rows,
+    quantize_blockwise,
+)
 from cruxy_kernels.pieces import Piece, copy_all, cut
 from cruxy_kernels.rounding_reference import random_bits, round_stochastic
 
@@ -340,8 +346,8 @@ def lion_update_(
     Args:
         params, grads: tensors of the same shapes, on one device; the parameters all of one dtype, float32,
             bfloat16, float16 or float64.
-        exp_avgs: momentum `m` of the same shapes: float32 (float64 for float64 parameters), or the int8
-            codes of `quantize_blockwise`.
+        exp_avgs: momentum `m` of the same shapes: float32 (float64 for float64 parameters), float16 or
+            bfloat16 (rounded to nearest), or the int8 codes of `quantize_blockwise`.
         control: float32 (num_rows, layout.NUM_SLOTS), after `control_step`.
         exp_avg_scales: bfloat16 (ceil(numel/64),) for each tensor, with int8 codes only.
         rows: control row of each tensor; all in row 0 without it.
@@ -356,7 +362,7 @@ def lion_update_(
         s_list = [] if exp_avg_scales is None else [exp_avg_scales[i] for i in indices]
         multipliers = None if lr_multipliers is None else lr_multipliers[indices]
         keep = 1 - c.lr * c.weight_decay
-        dtype = torch.float32 if coded else exp_avgs[0].dtype
+        dtype = torch.float64 if exp_avgs[0].dtype == torch.float64 else torch.float32
         for piece in cut(4, dtype, p_list, g_list, m_list, coded=coded):
             (p, g, m, u), (p_views, g_views, m_views, u_views) = piece.flat, piece.views
             p_piece, m_piece = piece.select(p_list), piece.select(m_list)
@@ -404,6 +410,7 @@ def adamw_update_(
     maximize: bool = False,
     nesterov: bool = True,
     decoupled: bool = True,
+    exp_avg_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """AdamW in place, with clipping, unscaling and the skip flag taken from `control`.
 
@@ -418,10 +425,22 @@ def adamw_update_(
 
     Args:
         exp_avgs, exp_avg_sqs: first and second moment, float32 (float64 for float64 parameters).
+        exp_avg_scales: makes `exp_avgs` the int8 codes of `quantize_blockwise`, these their scales.
         nesterov: look one step of momentum ahead (the SDK's default).
         decoupled: weight decay on the parameter (AdamW) and not through the gradient (Adam).
         The others are those of `lion_update_`.
     """
+    if exp_avg_scales is not None:
+        decoded = [dequantize_blockwise(c, s) for c, s in zip(exp_avgs, exp_avg_scales, strict=True)]
+        adamw_update_(
+            params, grads, decoded, exp_avg_sqs, control, rows=rows, lr_multipliers=lr_multipliers,
+            grad_scale=grad_scale, maximize=maximize, nesterov=nesterov, decoupled=decoupled,
+        )  # fmt: skip
+        skip = control[0, L.SKIP] > 0  # the same in every row
+        for m, codes, scales in zip(decoded, exp_avgs, exp_avg_scales, strict=True):
+            for target, value in zip((codes, scales), quantize_blockwise(m), strict=True):
+                target.copy_(torch.where(skip, target, value))
+        return
     for row, indices in _row_runs(rows, len(params)):
         c = _Row(control, row, grad_scale, maximize)
         p_list, g_list = [params[i] for i in indices], [grads[i] for i in indices]

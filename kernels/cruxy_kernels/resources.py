@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,8 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
-    )
+    options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def run_tool(name: str, *arguments: str) -> str:

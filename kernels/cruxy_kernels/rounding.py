@@ -50,4 +50,5 @@ def round_stochastic(values, random, TYPE: tl.constexpr):
         moved = (a + offset).to(tl.uint32, bitcast=True)
         kept = ((moved + (random & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True) - offset
         kept = tl.where(a <= 3.4028234663852886e38, tl.minimum(kept, 65504.0), a)
-        return tl.where(bits >> 31 != 0, -kept, kept).to(tl.float16)
+        signed = kept.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+        return signed.to(tl.float32, bitcast=True).to(tl.float16)

@@ -11,7 +11,7 @@ from cruxy_kernels.launch import NUM_WARPS
 from cruxy_kernels.lion import lion_kernel
 from cruxy_kernels.resources import Variant
 from cruxy_kernels.tables import CHUNK
-from cruxy_kernels.telemetry import tensor_kernel, telemetry_kernel, total_kernel
+from cruxy_kernels.telemetry import telemetry_kernel, tensor_kernel, total_kernel
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + 2 / codec_reference.BLOCK}
 ELEMENTS_A_THREAD = CHUNK // (32 * NUM_WARPS)
