@@ -127,7 +127,7 @@ def unpack(optimizer: "CruxyOptimizer", state_dict: dict[str, Any]) -> None:
     for i, row in enumerate(rows):
         _restore_rows(optimizer, i, row, ages)
     first = optimizer._control[0]
-    optimizer._calls = int(first[L.STEP] + first[L.SKIPPED])
+    optimizer._calls = optimizer._log_start = int(first[L.STEP] + first[L.SKIPPED])
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 

@@ -148,6 +148,7 @@ class CruxyOptimizer(Optimizer):
         self._written: list[Any] = []
         self._calls_without_loss = 0
         self._log = torch.zeros((history, L.NUM_SLOTS))
+        self._log_start = 0  # calls before the log began: a resumed run has those of the run it continues
         self._pending: tuple[Any, Tensor] | None = None
         defaults = {
             "lr": lr,
@@ -202,7 +203,7 @@ class CruxyOptimizer(Optimizer):
         for p, row in self._param_row.items():
             self.state[p]["step"] = self._control[row, L.AGE]
 
-    def _assign_row(self, param: Tensor, group_index: int) -> None:
+    def _assign_row(self, param: Tensor, group_index: int) -> int:
         """Give a tensor that joins in this call the row of its group and age."""
         for row, group in enumerate(self._row_group):
             if group == group_index and self._row_born[row] in (None, self._calls):
@@ -214,6 +215,7 @@ class CruxyOptimizer(Optimizer):
             self._control[row, L.AGE] = 0
         self._param_row[param] = row
         self.state[param]["step"] = self._control[row, L.AGE]
+        return row
 
     def _write_inputs(self) -> None:
         """Copy the groups' settings into the control vector, where they changed."""
@@ -340,10 +342,13 @@ class CruxyOptimizer(Optimizer):
         batches: dict[Any, _Batch] = {}
         sharded = distributed.active()
         for index, group in enumerate(self.param_groups):
+            rule = (group["use_lion"], group["maximize"], group["use_nesterov"],
+                    group["decoupled_weight_decay"], group["use_gc"])  # fmt: skip
             for p in group["params"]:
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse or p.grad.layout != torch.strided:
+                if grad.layout is not torch.strided:
                     raise RuntimeError(
                         "CruxyOptimizer does not support sparse gradients; "
                         "use dense ones (for example Embedding(sparse=False))"
@@ -351,14 +356,14 @@ class CruxyOptimizer(Optimizer):
                 state = self.state[p]
                 if not state:
                     self._init_state(p, group, state)
-                if p not in self._param_row:
-                    self._assign_row(p, index)
-                key = (group["use_lion"], group["maximize"], group["use_nesterov"],
-                       group["decoupled_weight_decay"], group["use_gc"], p.dtype, p.device)  # fmt: skip
+                row = self._param_row.get(p)
+                if row is None:
+                    row = self._assign_row(p, index)
+                key = (rule, p.dtype, p.device)
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = _Batch(group, p.device)
-                batch.add(p, state, self._param_row[p], sharded)
+                batch.add(p, grad, state, row, sharded)
         return list(batches.values())
 
     def _init_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -417,11 +422,13 @@ class CruxyOptimizer(Optimizer):
         return old[1].tolist()
 
     def history(self) -> list[dict[str, Any]]:
-        """`metrics()` of the last steps (without `lrs`), oldest first, at most `history` of them."""
+        """`metrics()` of the last steps of this process (without `lrs`), oldest first."""
         size = len(self._log)
-        count = min(self._calls, size)
+        # Counted on the device: a replayed CUDA graph takes steps that the host does not see.
+        calls = int(self._control[0, L.STEP] + self._control[0, L.SKIPPED])
+        count = min(calls - self._log_start, size)
         rows = self._log.tolist()
-        return [_named(rows[call % size]) for call in range(self._calls - count, self._calls)]
+        return [_named(rows[call % size]) for call in range(calls - count, calls)]
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -488,8 +495,7 @@ class _Batch:
         self.state: dict[str, list[Tensor]] = {}
         self.rows: list[int] = []
 
-    def add(self, param: Tensor, state: dict[str, Any], row: int, sharded: bool) -> None:
-        grad: Any = param.grad
+    def add(self, param: Tensor, grad: Any, state: dict[str, Any], row: int, sharded: bool) -> None:
         key = None
         if sharded:
             grad, key = distributed.local_grad(param, grad), distributed.statistics_key(param)

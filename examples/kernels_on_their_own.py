@@ -5,13 +5,14 @@ Runs on a CUDA device (Triton), else on the CPU. `python examples/kernels_on_the
 
 import math
 
-import cruxy_kernels as kernels
 import torch
+
+import cruxy_kernels as kernels
 from cruxy_kernels import layout
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 backend, reason = kernels.explain_backend(device)
-print(f"{backend}: {reason}")  # noqa: T201
+print(f"{backend}: {reason}")
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)).to(device)
@@ -41,7 +42,7 @@ for step in range(201):
     model.zero_grad()
     if step % 50 == 0:  # the only time the host looks
         row = control[0].tolist()
-        print(f"step {step:3d}  loss {loss.item():.4f}  lr {row[layout.LR_OUT]:.2e}  phase {row[layout.PHASE]:.3f}")  # noqa: T201
+        print(f"step {step:3d}  loss {loss.item():.4f}  lr {row[layout.LR_OUT]:.2e}  phase {row[layout.PHASE]:.3f}")
 
 # AdamW by hand is the same with two fp32 moments.
 first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
@@ -51,5 +52,5 @@ grads = [p.grad for p in params if p.grad is not None]
 kernels.control_step(control, kernels.gradient_telemetry(grads), loss.detach(), law="stability_v2")
 kernels.adamw_update_(params, grads, first, second, control)
 restored = kernels.dequantize_blockwise(codes[0], scales[0])
-print(f"loss after one AdamW step: {torch.nn.functional.mse_loss(model(x), y).item():.4f}")  # noqa: T201
-print(f"largest momentum of the first layer: {restored.abs().max().item():.2e}")  # noqa: T201
+print(f"loss after one AdamW step: {torch.nn.functional.mse_loss(model(x), y).item():.4f}")
+print(f"largest momentum of the first layer: {restored.abs().max().item():.2e}")

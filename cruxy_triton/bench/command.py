@@ -78,7 +78,7 @@ def run_codec(args: argparse.Namespace) -> dict[str, Any]:
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise UserError(f"--betas are {beta1} and {beta2}; expected two values from 0 to below 1")
     if not args.gradients.exists():
-        raise UserError(f"{args.gradients}: no such file or folder; record one with `cruxy-triton finetune --record-gradients`")
+        raise UserError(f"{args.gradients}: no such file or folder; `finetune --record-gradients N` makes one")
     rows, source = codec.table(args.gradients, (beta1, beta2), args.skip)
     return {"rows": rows, "betas": [beta1, beta2], "gradients": source}
 

@@ -7,7 +7,7 @@ and the bandwidth of a plain copy, measured in the same run.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Contestant:
     gpu_seconds: list[float] = field(default_factory=list)
 
 
-def contestants(params: list[Tensor], only: str | None) -> tuple[list[Contestant], dict[str, str]]:
+def contestants(params: Sequence[Tensor], only: str | None) -> tuple[list[Contestant], dict[str, str]]:
     """Everything that can run here, and {name: why not} for what cannot."""
     from cruxy_triton import CruxyOptimizer
 

@@ -3,6 +3,7 @@
 `observers` are called with the name of each kernel that is started; tests and benchmarks count with them.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from torch import Tensor
 from cruxy_kernels.tables import TensorTable, element_type, tables
 
 NUM_WARPS = 4
-MAX_REGISTERS = 64  # a thread: the most with which sm_75 holds its 1,024 threads
-LIMITS = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+
+# Registers a thread with which sm_75 and older hold all the threads they can. Newer cards hold more threads than
+# 64 registers allow in any case, and AdamW would spill there.
+MAX_REGISTERS = 64
+NEWER = (8, 0)
 
 observers: list[Callable[[str], None]] = []
 
@@ -26,7 +30,23 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WAR
         return
     for observer in observers:
         observer(kernel.__name__)
-    kernel[(programs,)](*arguments, num_warps=num_warps, **LIMITS, **constants)
+    kernel[(programs,)](*arguments, num_warps=num_warps, **limits(), **constants)
+
+
+def register_limit(capability: tuple[int, int]) -> int | None:
+    """The most registers a thread that kernels may take on a card, None for the assembler's choice."""
+    return MAX_REGISTERS if capability < NEWER else None
+
+
+@functools.lru_cache(maxsize=16)
+def _limits_of(device: int) -> dict[str, int]:
+    limit = register_limit(torch.cuda.get_device_capability(device))
+    return {} if limit is None or torch.version.hip else {"maxnreg": limit}
+
+
+def limits() -> dict[str, int]:
+    """Compiler options for the current device."""
+    return _limits_of(torch.cuda.current_device()) if torch.cuda.is_available() else {}
 
 
 @contextmanager

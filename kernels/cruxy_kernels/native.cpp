@@ -131,13 +131,14 @@ void lion_block(const Row& row, const Values& c, float lr, int64_t start, int64_
     } else {
         std::memcpy(m, momentum, floats);
     }
-    const float keep = 1 - c.lr * c.weight_decay, one_beta1 = 1 - c.beta1, one_beta2 = 1 - c.beta2;
+    const float beta1 = c.beta1, beta2 = c.beta2, factor = c.factor, keep = 1 - c.lr * c.weight_decay;
+    const float one_beta1 = 1 - beta1, one_beta2 = 1 - beta2;
     for (int i = 0; i < BLOCK; ++i) {
-        float gi = g[i] * c.factor, u = c.beta1 * m[i] + one_beta1 * gi;
+        float gi = g[i] * factor, u = beta1 * m[i] + one_beta1 * gi;
         float step = u > 0 ? lr : 0.0f;
         step = u < 0 ? -lr : step;
         p[i] = p[i] * keep - step;
-        m[i] = c.beta2 * m[i] + one_beta2 * gi;
+        m[i] = beta2 * m[i] + one_beta2 * gi;
     }
     std::memcpy(param, p, floats);
     if (CODED) {
@@ -166,13 +167,15 @@ void adamw_block(const Row& row, const Values& c, float step_size, int64_t start
     std::memcpy(m, exp_avg, floats);
     std::memcpy(v, exp_avg_sq, floats);
     const float keep = DECOUPLED ? 1 - c.lr * c.weight_decay : 1.0f, l2 = DECOUPLED ? 0.0f : c.weight_decay;
-    const float one_beta1 = 1 - c.beta1, one_beta2 = 1 - c.beta2;
+    // Copies: through the reference the compiler has to expect that a store changes them, and does not vectorise.
+    const float beta1 = c.beta1, beta2 = c.beta2, factor = c.factor, eps = c.eps;
+    const float one_beta1 = 1 - beta1, one_beta2 = 1 - beta2;
     for (int i = 0; i < BLOCK; ++i) {
-        float gi = DECOUPLED ? g[i] * c.factor : g[i] * c.factor + l2 * p[i];
-        m[i] = c.beta1 * m[i] + one_beta1 * gi;
-        v[i] = c.beta2 * v[i] + one_beta2 * gi * gi;
-        float numerator = NESTEROV ? c.beta1 * m[i] + one_beta1 * gi : m[i];
-        p[i] = p[i] * keep - step_size * (numerator / (std::sqrt(v[i]) + c.eps));
+        float gi = DECOUPLED ? g[i] * factor : g[i] * factor + l2 * p[i];
+        m[i] = beta1 * m[i] + one_beta1 * gi;
+        v[i] = beta2 * v[i] + one_beta2 * gi * gi;
+        float numerator = NESTEROV ? beta1 * m[i] + one_beta1 * gi : m[i];
+        p[i] = p[i] * keep - step_size * (numerator / (std::sqrt(v[i]) + eps));
     }
     std::memcpy(param, p, floats);
     std::memcpy(exp_avg, m, floats);

@@ -156,7 +156,7 @@ def control_step(
             f"control has shape {tuple(control.shape)} and telemetry {tuple(telemetry.shape)}; "
             f"expected (num_rows, {L.NUM_SLOTS}) and ({L.NUM_TELEMETRY},)"
         )
-    slot = control.unbind(1)
+    slot = control[:, : L.FAST_HISTORY].unbind(1)
     sum_pow, sum_sq, max_abs, nonfinite = telemetry.unbind(0)
     norm = sum_sq.sqrt()
 
@@ -175,12 +175,12 @@ def control_step(
     v_fast, v_slow = slot[L.V_FAST], slot[L.V_SLOW]
     level = v_fast / (1 - L.ALPHA_FAST ** slot[L.STEP])  # NaN before the first step: no outlier then
     outlier = guard & (sigma > (L.OUTLIER_RATIO**2 if v1 else L.OUTLIER_RATIO) * level) & (level > 0)
-    outliers = torch.where(outlier, slot[L.OUTLIERS] + 1, 0.0)
+    outliers = (slot[L.OUTLIERS] + 1) * outlier
     sigma = torch.where(outlier & (outliers <= L.OUTLIER_PATIENCE), level, sigma)
 
     # Dual EMA (eq 2, 3)
-    v_fast = L.ALPHA_FAST * v_fast + (1 - L.ALPHA_FAST) * sigma
-    v_slow = L.ALPHA_SLOW * v_slow + (1 - L.ALPHA_SLOW) * sigma
+    v_fast = torch.lerp(sigma, v_fast, L.ALPHA_FAST)  # alpha v + (1 - alpha) sigma
+    v_slow = torch.lerp(sigma, v_slow, L.ALPHA_SLOW)
     k, weights = _history_weights(control.device)
     fast_history = torch.cat(
         (v_fast[:, None], control[:, L.FAST_HISTORY : L.FAST_HISTORY + L.FAST_HISTORY_LEN - 1]), 1
@@ -197,7 +197,7 @@ def control_step(
     curvature, prev_loss, loss_seen = slot[L.CURVATURE], slot[L.PREV_LOSS], torch.zeros_like(step)
     if loss is not None:
         c = (loss - prev_loss) / (slot[L.PREV_NORM] + L.EPS_RATIO)
-        c_ema = L.ALPHA_CURVATURE * curvature + (1 - L.ALPHA_CURVATURE) * c
+        c_ema = torch.lerp(c, curvature, L.ALPHA_CURVATURE)
         curvature = torch.where(slot[L.LOSS_SEEN] > 0, c_ema, curvature)
         prev_loss, loss_seen = loss.expand_as(step), torch.ones_like(step)
 
@@ -222,10 +222,10 @@ def control_step(
         beta1_out = beta1_out.clamp(L.V2_BETA1_MIN, L.V2_BETA1_MAX)
         threshold = L.CLIP_BASE * (1 + L.CLIP_GAIN * (v_fast / (v_slow + L.EPS_RATIO)).sqrt())
         ratio = (v_fast / (1 - L.ALPHA_FAST**step)) / (v_slow / (1 - L.ALPHA_SLOW**step) + L.EPS_RATIO)
-        warning = L.WARN_SURGE * (ratio > L.WARN_SURGE_RATIO).float()
-        warning = warning + L.WARN_CURVATURE * (curvature.abs() > L.WARN_CURVATURE_LEVEL).float()
+        surge, steep = ratio > L.WARN_SURGE_RATIO, curvature.abs() > L.WARN_CURVATURE_LEVEL
+        warning = L.WARN_SURGE * surge + L.WARN_CURVATURE * steep
         alarm = warning >= L.WARNING_LEVEL - 1e-6
-        warnings = warnings + alarm.float()
+        warnings = warnings + alarm
         if law == "stability_v2":
             phase = phase * (1 + L.V2_PHASE_CURVATURE * torch.tanh(curvature))
             temperature = torch.where(error > 0, L.V2_TEMPERATURE_UP, L.V2_TEMPERATURE_EQUAL)
@@ -252,7 +252,7 @@ def control_step(
     correction1, correction2_sqrt = bias_corrections(beta1_out, beta2_out, age)
 
     def column(value: Tensor) -> Tensor:
-        return value.to(torch.float32).expand_as(step)
+        return value.expand_as(step)
 
     # The order is that of the slots STEP ... COOLDOWN, then the two histories, then LR_OUT ... LOSS.
     state = torch.stack(
@@ -266,10 +266,10 @@ def control_step(
     )  # fmt: skip
     new = torch.cat((state, fast_history, meta_history, outputs), 1)
     torch.where(bad, control[:, L.NUM_INPUTS :], new, out=control[:, L.NUM_INPUTS :])
-    control[:, L.SKIPPED] += bad
-    control[:, L.SKIP] = bad
-    control[:, L.GRAD_NORM] = norm
-    control[:, L.NONFINITE] = nonfinite
+    slot[L.SKIPPED].add_(bad)
+    control[:, L.SKIP].copy_(bad)
+    control[:, L.GRAD_NORM].copy_(norm)
+    control[:, L.NONFINITE].copy_(nonfinite)
 
 
 # -- updates ------------------------------------------------------------------

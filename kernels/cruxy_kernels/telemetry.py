@@ -167,7 +167,7 @@ def gradient_telemetry(
     for batch in batches({GRAD.value: grads}, read_only=(GRAD.value,)):
         table = batch.table
         blocks_a_program = 1 if per_tensor else triton.cdiv(table.blocks, MAX_PARTIALS)
-        programs = triton.cdiv(table.blocks, blocks_a_program) if table.blocks else 0
+        programs = -(-table.blocks // blocks_a_program) if table.blocks else 0
         partials = torch.empty((programs, STATISTICS), dtype=torch.float32, device=batch.device)
         launch(
             telemetry_kernel,

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from cruxy_kernels import codec_reference
 from cruxy_triton.bench import census, codec, rounding, step
 from cruxy_triton.cli import main
 from cruxy_triton.errors import UserError
-from safetensors.torch import save_file
 
 
 def test_censuses_are_those_of_the_models():

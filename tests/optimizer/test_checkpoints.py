@@ -100,8 +100,10 @@ def test_resume_is_bit_exact(mode, codec, way):
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(WAYS[way](optimizer.state_dict()))
     assert same_state(optimizer, resumed)
+    assert resumed.history() == []
     train(model, optimizer, 25, 50)
     train(other, resumed, 25, 50)
+    assert [row["step"] for row in resumed.history()] == list(range(26, 51))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert same_state(optimizer, resumed)
 
