@@ -64,7 +64,10 @@ class Step:
     autocast: bool = True
     upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
     keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
-    kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
+    warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
+    kbit_prepared: bool = (
+        False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
+    )
 
     @property
     def tokens(self) -> int:
@@ -167,6 +170,12 @@ class _Run:
     def _load(self) -> None:
         step, shape, ld = self.step, self.shape, self.ld
         ld.enter("load")
+        if step.warmup:
+            width = 0.5 if step.precision == "nf4" else BYTES[step.precision]
+            inner = shape.num_hidden_layers * sum(x.weight for x in shape.linears())
+            outer = shape.parameters - inner
+            whole = ld.buffer(int(inner * width) + outer * BYTES[step.precision], "weights")
+            del whole
         # from_pretrained fills a model in the natural order of its keys: lm_head, embed_tokens, layers, norm; in a
         # layer, norms aside, mlp before self_attn and each by name
         table = shape.vocab_size * shape.hidden_size
@@ -457,12 +466,16 @@ class _Run:
 
 
 def walk(step: Step, steps: int = 2, record: bool = False) -> Ledger:
-    """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet."""
+    """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet.
+
+    Of accumulated micro-batches the last optimizer step runs two (gradients live through the second), the ones
+    before it one: more of them changes nothing.
+    """
     ledger = Ledger(512 if step.device == "cuda" else 1, record)
     run = _Run(step, ledger)
     ledger.enter("loaded")
-    for _ in range(steps):
-        for _ in range(min(step.accumulation, 2)):
+    for index in range(steps):
+        for _ in range(min(step.accumulation, 2) if index == steps - 1 else 1):
             run.micro_step()
         run.optimizer_step()
     ledger.enter("end")
@@ -496,9 +509,7 @@ def footprint(step: Step) -> Footprint:
         ledger = walk(step)
         found = _summary(ledger, layers)
     else:
-        two, three = (
-            _summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3)
-        )
+        two, three = (_summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3))
         more = layers - 2
         found = {}
         for phase, (low, low_parts) in two.items():

@@ -128,9 +128,9 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def _masked_rows(func: Any, args: tuple) -> torch.Tensor | None:
+def _masked_rows(func: Any, args: Any) -> torch.Tensor | None:
     """x[mask] on meta, where the count cannot be known: every row is taken, the most that it can be."""
-    source, indices = args[0], args[1]
+    source, indices = args[:2]
     index = indices[0]
     if index is None or index.dtype != torch.bool or source.device.type != "meta":
         return None
@@ -140,7 +140,7 @@ def _masked_rows(func: Any, args: tuple) -> torch.Tensor | None:
 # -- workspaces: what the dispatcher does not see ------------------------------------------------------
 
 
-def workspace_bytes(func: Any, args: tuple, out: Any) -> int:
+def workspace_bytes(func: Any, args: Any, out: Any) -> int:
     """Bytes that a CUDA kernel takes while it runs, by operation.
 
     `_softmax_backward_data`: grad * output, made before the kernel (aten/src/ATen/native/cuda/SoftMax.cu);
@@ -194,7 +194,11 @@ def _config(shape: ModelShape, attention: str):
     if shape.model_type == "llama":
         values["mlp_bias"] = shape.mlp_bias
     if shape.model_type == "phi":
-        values |= {"partial_rotary_factor": shape.partial_rotary_factor, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        values |= {
+            "partial_rotary_factor": shape.partial_rotary_factor,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        }
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(shape, name) is not None:
             values[name] = getattr(shape, name)
@@ -208,8 +212,8 @@ def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> Non
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
-    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
+    def empty(size: int | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
 
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name.endswith("lm_head"):
@@ -237,7 +241,7 @@ def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> Non
             cols, rows, bias=module.bias is not None, compute_dtype=compute, quant_type="nf4", device="meta"
         )
         layer.weight = bnb.nn.Params4bit(
-            empty((rows * cols + 1) // 2, 1, dtype=torch.uint8),
+            empty(((rows * cols + 1) // 2, 1), dtype=torch.uint8),
             requires_grad=False,
             quant_state=state,
             blocksize=NF4_BLOCK,
@@ -315,18 +319,27 @@ def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _sdpa(kind: str) -> Callable[..., torch.Tensor]:
     """F.scaled_dot_product_attention as `kind` on CUDA."""
 
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         if kind == "math":
             return aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
             )[0]
         if kind == "flash":
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[
-                0
-            ]
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
         heads = query.shape[1]
         return aten._scaled_dot_product_efficient_attention(
-            query, _repeat(key, heads), _repeat(value, heads), attn_mask, True, dropout_p, is_causal, scale=scale
+            query,
+            _repeat(key, heads),
+            _repeat(value, heads),
+            attn_mask,
+            True,
+            dropout_p,
+            is_causal,
+            scale=scale,
         )[0]
 
     return attention
@@ -367,7 +380,9 @@ class _Autocast:
         def wide(x: Any) -> Any:
             return x.float() if isinstance(x, torch.Tensor) and x.dtype == self.dtype else x
 
-        return lambda *args, **kwargs: function(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
+        return lambda *args, **kwargs: function(
+            *(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()}
+        )
 
 
 def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
@@ -382,9 +397,21 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
     def dropout(x, p=0.5, training=True, inplace=False):
         return aten.native_dropout(x, p, True)[0] if training and p > 0 else x
 
+    def autocast_enabled(device="meta"):
+        return autocast is not None
+
+    def autocast_dtype(device):
+        return autocast.dtype if autocast is not None else torch.float32
+
+    def triton_runs(device):
+        return True
+
+    def accumulate(acc, a, b):
+        return None  # cuBLAS adds into acc without a copy
+
     attention = _sdpa(step.attention)
     found = [
-        mock.patch.object(torch, "is_autocast_enabled", lambda device="meta": autocast is not None),
+        mock.patch.object(torch, "is_autocast_enabled", autocast_enabled),
         mock.patch.object(F, "softmax", fused_softmax),
         mock.patch.object(F, "dropout", dropout),
     ]
@@ -395,7 +422,7 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
             mock.patch.object(torch, "matmul", autocast.low(torch.matmul)),
             mock.patch.object(F, "layer_norm", autocast.high(F.layer_norm)),
             mock.patch.object(torch, "pow", autocast.high(torch.pow)),
-            mock.patch.object(torch, "get_autocast_dtype", lambda device: autocast.dtype),
+            mock.patch.object(torch, "get_autocast_dtype", autocast_dtype),
         ]
     found.append(mock.patch.object(F, "scaled_dot_product_attention", attention))
     if step.chunked_loss:
@@ -403,11 +430,11 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
         import trl.trainer.utils as utils
 
         found += [
-            mock.patch.object(chunked, "_use_triton", lambda device: True),
-            mock.patch.object(utils, "_use_triton", lambda device: True),
+            mock.patch.object(chunked, "_use_triton", triton_runs),
+            mock.patch.object(utils, "_use_triton", triton_runs),
             mock.patch.object(chunked, "_forward_kernel", _NoKernel()),
             mock.patch.object(chunked, "_backward_kernel", _NoKernel()),
-            mock.patch.object(chunked, "_addmm_fp32", lambda acc, a, b: None),
+            mock.patch.object(chunked, "_addmm_fp32", accumulate),
         ]
     return found
 
@@ -417,7 +444,9 @@ def _masks(step: Step) -> Iterator[None]:
     """transformers cannot look into a mask on meta; give the models what they would have made of a full one."""
     import importlib
 
-    module = importlib.import_module(f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}")
+    module = importlib.import_module(
+        f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}"
+    )
 
     def make(config=None, inputs_embeds=None, **_: Any) -> torch.Tensor | None:
         assert inputs_embeds is not None
@@ -484,11 +513,13 @@ def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
-def _run(step: Step, model: Any, recorder: Recorder, trained: list, autocast: _Autocast | None, steps: int) -> None:
+def _run(
+    step: Step, model: Any, recorder: Recorder, trained: list, autocast: _Autocast | None, steps: int
+) -> None:
     state: list[torch.Tensor] = []
     workspaces = 0
-    for _ in range(steps):
-        for _ in range(min(step.accumulation, 2)):
+    for index in range(steps):
+        for _ in range(min(step.accumulation, 2) if index == steps - 1 else 1):
             ids, mask, labels = (
                 torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3)
             )
