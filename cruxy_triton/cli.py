@@ -15,6 +15,7 @@ from cruxy_triton.errors import UserError
 
 # name: (module, one line of help)
 COMMANDS = {
+    "plan": ("cruxy_triton.planner.command", "does a model train on a card, and with which settings"),
     "finetune": ("cruxy_triton.finetune.command", "fine-tune a causal language model with LoRA"),
     "doctor": ("cruxy_triton.doctor", "what this machine has, which backend will be used, known problems"),
 }
