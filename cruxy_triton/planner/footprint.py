@@ -448,7 +448,7 @@ class _Run:
         backward(ld, loss)
         del loss, logits, inputs
 
-    def optimizer_step(self) -> None:
+    def optimizer_step(self, keep_gradients: bool = False) -> None:
         ld = self.ld
         ld.enter("optimizer")
         state, transient = OPTIMIZERS[self.step.optimizer]
@@ -461,23 +461,23 @@ class _Run:
         if transient:
             held = [ld.buffer(int(p.n * transient), "workspaces") for p in self.trained]
             del held
-        for parameter in self.trained:
-            parameter.grad = None
+        if not keep_gradients:
+            for parameter in self.trained:
+                parameter.grad = None
 
 
 def walk(step: Step, steps: int = 2, record: bool = False) -> Ledger:
     """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet.
 
-    Of accumulated micro-batches the last optimizer step runs two (gradients live through the second), the ones
-    before it one: more of them changes nothing.
+    Of accumulated micro-batches only the last matters, which finds the others' gradients in place: they are
+    kept over from the step before it.
     """
     ledger = Ledger(512 if step.device == "cuda" else 1, record)
     run = _Run(step, ledger)
     ledger.enter("loaded")
     for index in range(steps):
-        for _ in range(min(step.accumulation, 2) if index == steps - 1 else 1):
-            run.micro_step()
-        run.optimizer_step()
+        run.micro_step()
+        run.optimizer_step(keep_gradients=step.accumulation > 1 and index < steps - 1)
     ledger.enter("end")
     return ledger
 

@@ -11,10 +11,13 @@ exactly to the peak allocated of the whole; what is reserved needs all layers.
 
 from __future__ import annotations
 
+import logging
+import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -23,7 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cruxy_triton.planner.footprint import NF4_BLOCK, NF4_NESTED_BLOCK, OPTIMIZERS, Step, load_events
+from cruxy_triton.planner.footprint import (
+    NF4_BLOCK,
+    NF4_NESTED_BLOCK,
+    OPTIMIZERS,
+    TILE_VOCABULARY,
+    Step,
+    load_events,
+)
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape
 
@@ -115,7 +125,7 @@ class Recorder(TorchDispatchMode):
             for item in value:
                 self._see_all(item)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         out = _masked_rows(func, args) if func is aten.index.Tensor else None
         if out is None:
             out = func(*args, **(kwargs or {}))
@@ -259,6 +269,8 @@ def build(step: Step, device: str = "meta") -> torch.nn.Module:
     """The model as `cruxy-triton finetune` has it before its first step, of `step.shape`'s layers, on `device`."""
     from transformers import AutoModelForCausalLM
 
+    # At import it reports which CPU kernels it lacks; none of them runs here.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     dtype = _DTYPES[step.precision]
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -275,10 +287,6 @@ def build(step: Step, device: str = "meta") -> torch.nn.Module:
         if step.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        if step.chunked_loss:
-            from trl.trainer.utils import add_fused_lm_head
-
-            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if step.lora_r:
             from peft import LoraConfig, get_peft_model
 
@@ -427,11 +435,14 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
     found.append(mock.patch.object(F, "scaled_dot_product_attention", attention))
     if step.chunked_loss:
         import trl.kernels.chunked_logprob as chunked
-        import trl.trainer.utils as utils
 
+        if "trl.trainer.utils" not in sys.modules:
+            # The backward pass asks it for one context manager; it would import the whole trainer for that.
+            light: Any = types.ModuleType("trl.trainer.utils")
+            light.maybe_gather_lm_head_ctx = lambda weight, bias: nullcontext()
+            found.append(mock.patch.dict(sys.modules, {"trl.trainer.utils": light}))
         found += [
             mock.patch.object(chunked, "_use_triton", triton_runs),
-            mock.patch.object(utils, "_use_triton", triton_runs),
             mock.patch.object(chunked, "_forward_kernel", _NoKernel()),
             mock.patch.object(chunked, "_backward_kernel", _NoKernel()),
             mock.patch.object(chunked, "_addmm_fp32", accumulate),
@@ -500,7 +511,7 @@ def trace(step: Step, steps: int = 2) -> Traced:
         _run(step, model, recorder, trained, autocast, steps)
     recorder.enter("end")
     phases = {k: v for k, v in recorder.phases.items() if k != "end"}
-    return Traced(phases, recorder.events)
+    return Traced(phases, list(recorder.events))  # the model is released after this, which is no part of it
 
 
 def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
@@ -519,31 +530,30 @@ def _run(
     state: list[torch.Tensor] = []
     workspaces = 0
     for index in range(steps):
-        for _ in range(min(step.accumulation, 2) if index == steps - 1 else 1):
-            ids, mask, labels = (
-                torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3)
-            )
-            recorder.enter("forward")
-            if workspaces == 0 and step.cublas_workspace:
-                workspaces = 1
-                recorder.hold(step.cublas_workspace)
-            extra = {"fused_lm_head": True} if step.chunked_loss else {}
-            with autocast.active() if autocast else ExitStack():
-                output = model(input_ids=ids, labels=labels, **extra)
-            if step.upcast_outputs and not step.chunked_loss:
-                output["logits"] = output["logits"].float()
-            loss = output.loss
+        ids, mask, labels = (
+            torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3)
+        )
+        recorder.enter("forward")
+        if workspaces == 0 and step.cublas_workspace:
+            workspaces = 1
+            recorder.hold(step.cublas_workspace)
+        with autocast.active() if autocast else ExitStack():
             if step.chunked_loss:
-                loss = (-output.log_probs).sum() / torch.ones((), device="meta")
-            if not step.keep_outputs:
-                del output
-            recorder.enter("backward")
-            if workspaces == 1:
-                workspaces = 2
-                recorder.hold(step.cublas_workspace)
-            loss.backward()
-            output = None
-            del loss, ids, mask, labels
+                output = _tiled_loss(model, ids, labels)
+            else:
+                output = model(input_ids=ids, labels=labels)
+        if step.upcast_outputs and not step.chunked_loss:
+            output["logits"] = output["logits"].float()
+        loss = output["loss"]
+        if not step.keep_outputs:
+            del output
+        recorder.enter("backward")
+        if workspaces == 1:
+            workspaces = 2
+            recorder.hold(step.cublas_workspace)
+        loss.backward()
+        output = None
+        del loss, ids, mask, labels
         recorder.enter("optimizer")
         each, transient = OPTIMIZERS[step.optimizer]
         if not state:
@@ -551,8 +561,44 @@ def _run(
             state = [_bytes(p.numel() * n) for p in trained for n in sizes]
         held = [_bytes(p.numel() * transient) for p in trained if transient]
         del held
-        for parameter in trained:
-            parameter.grad = None
+        if (
+            step.accumulation == 1 or index == steps - 1
+        ):  # as footprint.walk: the last finds gradients in place
+            for parameter in trained:
+                parameter.grad = None
+
+
+def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss of TRL 1.16's SFTTrainer: its ChunkedLogProbFunction on the backbone's hidden states.
+
+    What `add_fused_lm_head` and `compute_loss` do around it, without importing the trainer (10 s). All labels
+    count, which is the most memory that a batch can take. tests/planner/test_trace.py holds the two together.
+    """
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
+    mask = labels != -100
+    head = base.get_output_embeddings()
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    per_token = ChunkedLogProbFunction.apply(
+        hidden[mask],
+        head.weight,
+        head.bias,
+        labels[mask],
+        1.0,
+        TILE_VOCABULARY,
+        softcap,
+        1.0,
+        ("log_probs", "entropy", "is_top1"),
+    )
+    del hidden
+    log_probs, entropy, _, _, is_top1 = (
+        None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token
+    )
+    loss = (-log_probs).sum() / mask.sum().clamp(min=1)
+    return {"loss": loss, "log_probs": log_probs, "entropy": entropy, "is_top1": is_top1}
 
 
 def _bytes(n: float) -> torch.Tensor:
