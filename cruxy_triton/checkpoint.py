@@ -16,10 +16,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cruxy_kernels import dequantize_blockwise, quantize_blockwise
-from cruxy_kernels import layout as L
 from torch import Tensor
 
+from cruxy_kernels import dequantize_blockwise, quantize_blockwise
+from cruxy_kernels import layout as L
 from cruxy_triton import distributed
 
 if TYPE_CHECKING:

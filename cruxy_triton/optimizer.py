@@ -324,7 +324,7 @@ class CruxyOptimizer(Optimizer):
                 warnings.warn(
                     f"CruxyOptimizer(mode={self.mode!r}) gets no loss, so its curvature estimate is off; "
                     "call step(loss=loss) to switch it on",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return None
         if isinstance(loss, Tensor):
@@ -538,7 +538,7 @@ def _check_group(group: dict[str, Any], state_bits: int) -> None:
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of {lr.numel()} elements; expected one element")
+            raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
     elif not 0.0 <= lr < math.inf:
         raise ValueError(f"lr is {lr}; expected a finite value of at least 0")
     if len(betas) != 2 or any(isinstance(b, Tensor) for b in betas) or not all(0.0 <= b < 1.0 for b in betas):

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cruxy_kernels import adamw_update_, control_step, gradient_telemetry, lion_update_
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec_reference import dequantize_blockwise, quantize_blockwise
 from cruxy_kernels.pieces import PIECE_CPU
 from cruxy_kernels.rounding_reference import random_bits, round_stochastic
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SHAPES = [(), (1,), (127,), (128,), (3, 43), (0,), (5, 0), (2048,), (65_537,), (2, 3, 5, 7)]
 
@@ -89,9 +90,7 @@ def test_same_bits_twice():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), max_size=40), min_size=1, max_size=6
-    )
+    st.lists(st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), max_size=40), min_size=1, max_size=6)
 )
 def test_telemetry_of_any_values(values):
     grads = [torch.tensor(v, dtype=torch.float32) for v in values]
@@ -273,9 +272,7 @@ def test_lion_is_the_formula(maximize, multiplied):
         u = torch.sign(0.9 * mm + 0.1 * gg)
         step = 1e-2 * (1 if factors is None else factors[i].double())
         expected.append((x - step * u - 1e-2 * 0.1 * x, 0.99 * mm + 0.01 * gg))
-    lion_update_(
-        p, g, m, stepped(), grad_scale=torch.tensor(512.0), maximize=maximize, lr_multipliers=factors
-    )
+    lion_update_(p, g, m, stepped(), grad_scale=torch.tensor(512.0), maximize=maximize, lr_multipliers=factors)
     for got, (x, _) in zip(p, expected, strict=True):
         torch.testing.assert_close(got.double(), x, rtol=1e-6, atol=1e-7)
     for got, (_, mm) in zip(m, expected, strict=True):
@@ -342,7 +339,7 @@ def test_rows_serve_their_tensors():
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1.0])
 def test_skip_keeps_every_bit(dtype, value):
     """Negative zeros, NaN and denormals included, in parameters, momentum and codes."""
-    special = torch.tensor([0.0, -0.0, 1e-40, -1e-7, 3.0, 65504.0, -2.0**-24, math.inf] * 20).to(dtype)
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-7, 3.0, 65504.0, -(2.0**-24), math.inf] * 20).to(dtype)
     p, g = [special.clone(), special.reshape(2, 80).clone()], [torch.full((160,), value), torch.full((2, 80), value)]
     m, v = ([t.float() for t in p] for _ in range(2))
     c = stepped(SKIP=1, CLIP_COEF=math.nan)

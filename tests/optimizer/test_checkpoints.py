@@ -119,7 +119,9 @@ def test_the_parameters_dtype_does_not_leak_into_the_state(codec, dtype):
     resumed.load_state_dict(through_torch_save(optimizer.state_dict()))
     for p in other.parameters():
         state = resumed.state[p]
-        expected = torch.int8 if "exp_avg_scale" in state else torch.float64 if dtype == torch.float64 else torch.float32
+        expected = (
+            torch.int8 if "exp_avg_scale" in state else torch.float64 if dtype == torch.float64 else torch.float32
+        )
         assert state["exp_avg"].dtype == expected
     train(model, optimizer, 12, 24)
     train(other, resumed, 12, 24)

@@ -62,9 +62,7 @@ def _poisoned(make: Make, mode: str, poison: Callable[[nn.Module], None], loss: 
     poison(model)
     optimizer.step(loss=loss)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    state_after = [
-        t for p in model.parameters() for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)
-    ]
+    state_after = [t for p in model.parameters() for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
     assert all(torch.equal(a, b) for a, b in zip(state_after, state_before, strict=True))
     _step(model, optimizer, seed=9)
     assert _finite(model)
