@@ -64,7 +64,10 @@ class Step:
     autocast: bool = True
     upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
     keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
-    kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
+    warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
+    kbit_prepared: bool = (
+        False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
+    )
 
     @property
     def tokens(self) -> int:
@@ -167,6 +170,12 @@ class _Run:
     def _load(self) -> None:
         step, shape, ld = self.step, self.shape, self.ld
         ld.enter("load")
+        if step.warmup:
+            width = 0.5 if step.precision == "nf4" else BYTES[step.precision]
+            inner = shape.num_hidden_layers * sum(x.weight for x in shape.linears())
+            outer = shape.parameters - inner
+            whole = ld.buffer(int(inner * width) + outer * BYTES[step.precision], "weights")
+            del whole
         # from_pretrained fills a model in the natural order of its keys: lm_head, embed_tokens, layers, norm; in a
         # layer, norms aside, mlp before self_attn and each by name
         table = shape.vocab_size * shape.hidden_size
@@ -439,7 +448,7 @@ class _Run:
         backward(ld, loss)
         del loss, logits, inputs
 
-    def optimizer_step(self) -> None:
+    def optimizer_step(self, keep_gradients: bool = False) -> None:
         ld = self.ld
         ld.enter("optimizer")
         state, transient = OPTIMIZERS[self.step.optimizer]
@@ -452,19 +461,23 @@ class _Run:
         if transient:
             held = [ld.buffer(int(p.n * transient), "workspaces") for p in self.trained]
             del held
-        for parameter in self.trained:
-            parameter.grad = None
+        if not keep_gradients:
+            for parameter in self.trained:
+                parameter.grad = None
 
 
 def walk(step: Step, steps: int = 2, record: bool = False) -> Ledger:
-    """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet."""
+    """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet.
+
+    Of accumulated micro-batches only the last matters, which finds the others' gradients in place: they are
+    kept over from the step before it.
+    """
     ledger = Ledger(512 if step.device == "cuda" else 1, record)
     run = _Run(step, ledger)
     ledger.enter("loaded")
-    for _ in range(steps):
-        for _ in range(min(step.accumulation, 2)):
-            run.micro_step()
-        run.optimizer_step()
+    for index in range(steps):
+        run.micro_step()
+        run.optimizer_step(keep_gradients=step.accumulation > 1 and index < steps - 1)
     ledger.enter("end")
     return ledger
 
@@ -496,9 +509,7 @@ def footprint(step: Step) -> Footprint:
         ledger = walk(step)
         found = _summary(ledger, layers)
     else:
-        two, three = (
-            _summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3)
-        )
+        two, three = (_summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3))
         more = layers - 2
         found = {}
         for phase, (low, low_parts) in two.items():

@@ -291,9 +291,7 @@ def _cat(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
     out = ld.new(x.n + y.n, x.b)
     if x.requires_grad or y.requires_grad:
         sizes = (x.n, y.n)
-        record(
-            ld, out, (x, y), lambda g: tuple(Tensor(g.storage, n, g.b) for n in sizes), []
-        )
+        record(ld, out, (x, y), lambda g: tuple(Tensor(g.storage, n, g.b) for n in sizes), [])
     return out
 
 
