@@ -104,8 +104,8 @@ def _verified(found: Plan, card: Card, args: argparse.Namespace) -> Plan:
 
 def run(args: argparse.Namespace) -> int:
     if args.list:
-        print("models: " + ", ".join(model_names()))  # noqa: T201
-        print("cards:  " + ", ".join(card_names()))  # noqa: T201
+        print("models: " + ", ".join(model_names()))
+        print("cards:  " + ", ".join(card_names()))
         return 0
     if args.model is None:
         raise UserError(
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save is not None:
         found.save(args.save)
     if args.json:
-        print(json.dumps(found.to_dict(), indent=2))  # noqa: T201
+        print(json.dumps(found.to_dict(), indent=2))
     else:
-        print(render(found, args.save))  # noqa: T201
+        print(render(found, args.save))
     return 0 if found.fits else 1

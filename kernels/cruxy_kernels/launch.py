@@ -16,9 +16,9 @@ from cruxy_kernels.tables import TensorTable, element_type, tables
 
 NUM_WARPS = 4
 
-# Registers a thread with which sm_75 and older hold all the threads they can. Newer cards hold more threads than
-# 64 registers allow in any case, and AdamW would spill there.
-MAX_REGISTERS = 64
+# The most registers a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
+# more threads than that anyhow, and there the assembler spills a few of AdamW's registers to stay at 64.
+MAX_REGISTERS, MAX_REGISTERS_NEWER = 64, 80
 NEWER = (8, 0)
 
 observers: list[Callable[[str], None]] = []
@@ -33,15 +33,14 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WAR
     kernel[(programs,)](*arguments, num_warps=num_warps, **limits(), **constants)
 
 
-def register_limit(capability: tuple[int, int]) -> int | None:
-    """The most registers a thread that kernels may take on a card, None for the assembler's choice."""
-    return MAX_REGISTERS if capability < NEWER else None
+def register_limit(capability: tuple[int, int]) -> int:
+    """The most registers a thread that kernels may take on a card of this compute capability."""
+    return MAX_REGISTERS if capability < NEWER else MAX_REGISTERS_NEWER
 
 
 @functools.lru_cache(maxsize=16)
 def _limits_of(device: int) -> dict[str, int]:
-    limit = register_limit(torch.cuda.get_device_capability(device))
-    return {} if limit is None or torch.version.hip else {"maxnreg": limit}
+    return {} if torch.version.hip else {"maxnreg": register_limit(torch.cuda.get_device_capability(device))}
 
 
 def limits() -> dict[str, int]:

@@ -32,7 +32,6 @@ MULTIPROCESSOR = {
     120: {"threads": 1536, "blocks": 24, "shared_kib": 100},
 }
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
-REGISTERS_ELSEWHERE = 96  # a thread: five programs of 128 threads on a multiprocessor keep memory busy
 ARCHITECTURES = tuple(MULTIPROCESSOR)
 
 
@@ -194,7 +193,7 @@ def broken_limits(variant: Variant, usage: Usage) -> list[str]:
     found = []
     if usage.spills:
         found.append(f"{usage.spills} bytes a thread spilled, limit 0")
-    limit = register_limit((usage.arch // 10, usage.arch % 10)) or REGISTERS_ELSEWHERE
+    limit = register_limit((usage.arch // 10, usage.arch % 10))
     if usage.registers > limit:
         found.append(f"{usage.registers} registers a thread, limit {limit}")
     wide = usage.main_loads.get("128", 0)
