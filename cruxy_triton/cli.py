@@ -15,6 +15,7 @@ from cruxy_triton.errors import UserError
 
 # name: (module, one line of help)
 COMMANDS = {
+    "plan": ("cruxy_triton.planner.command", "does a model train on a card, and with which settings"),
     "finetune": ("cruxy_triton.finetune.command", "fine-tune a causal language model with LoRA"),
     "kernels": ("cruxy_triton.kernels_command", "cross-compile every kernel; registers, spills, load widths"),
     "bench": ("cruxy_triton.bench.command", "the optimizer step against others; the momentum codec"),

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread a process: the suite runs in as many processes as there are cores, and OpenMP's waiting threads cost
+# more than they bring on models this small. Before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -17,6 +21,19 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
 
 # Sizes every architecture shares; small enough that a step takes milliseconds.
 SMALL = {

@@ -21,7 +21,7 @@ def test_this_machine(command) -> None:
     findings = json.loads(done.stdout)
     assert done.returncode == (1 if any(p["severity"] == "error" for p in findings["problems"]) else 0)
     assert findings["versions"]["torch"] == torch.__version__
-    assert findings["backend"]["name"] in ("triton", "torch")
+    assert findings["backend"]["name"] in ("triton", "native", "torch")
     assert len(findings["devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     text = command("doctor").stdout
     assert torch.__version__ in text

@@ -4,8 +4,8 @@ Two Lions read the same gradients. One keeps its momentum in fp32, the other sto
 step. A flip is an element whose update sign differs in a step. `cruxy_kernels.codec` uses the winner; the
 choice can be repeated with `cruxy-triton bench codec --gradients FILE`.
 
-FILE is a safetensors file: a key for each parameter, its value of shape (steps, *parameter shape), fp32 or
-fp16, and `source` in the metadata saying where the gradients come from.
+FILE is the folder that `cruxy-triton finetune --record-gradients N` leaves, or a safetensors file with a key for
+each parameter, its value of shape (steps, *parameter shape), and `source` in the metadata.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ class Candidate:
     @property
     def state_bytes(self) -> float:
         """Bytes of optimizer state a parameter, scales included."""
-        return 1 + {"fp32": 4, "bf16": 2, "fp16": 2, "e5m3": 1}[self.scale] / self.block
+        return 1 + {"fp32": 4, "bf16": 2, "bf16 up": 2, "fp16": 2}[self.scale] / self.block
 
     def round_trip(self, m: Tensor) -> Tensor:
         """`m` (1-D fp32) as it comes back from storage."""
@@ -55,17 +55,12 @@ class Candidate:
 
 
 def store_scale(absmax: Tensor, format: str) -> Tensor:
-    """absmax as it comes back from its storage format; formats that round go up, so that |m|/scale <= 1."""
-    if format == "fp32":
-        return absmax
-    if format == "fp16":  # as FlashOptim stores it: nearest, and 0 below 6e-8
-        return absmax.to(torch.float16).float()
-    drop = {"bf16": 16, "e5m3": 20}[format]  # bits of the mantissa that are not kept
-    bits = absmax.view(torch.int32)
-    up = (((bits + (1 << drop) - 1) >> drop) << drop).view(torch.float32)
-    if format == "e5m3":  # 8 bits: 32 powers of two below 2^4, 8 steps each
-        up = up.clamp(2.0**-28, 15.0)
-    return up
+    """absmax as it comes back from its storage format."""
+    if format == "bf16 up":  # so that |m|/scale <= 1: costs more flips than a rare clamp does
+        bits = absmax.view(torch.int32)
+        return (((bits + 0xFFFF) >> 16) << 16).view(torch.float32)
+    # fp16 as FlashOptim stores it: 0 below 6e-8.
+    return absmax.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[format]).float()
 
 
 def power(p: float) -> dict:
@@ -86,8 +81,9 @@ def candidates() -> list[Candidate]:
             found.append(Candidate("linear", block, scale, **power(1.0)))
             found.append(Candidate("signed square root", block, scale, **power(0.5)))
             found.append(Candidate("power 2/3", block, scale, **power(2 / 3)))
-            for k in (1, 2, 3, 4):
+            for k in (1, 2, 3, 4, 5, 6, 8):
                 found.append(Candidate(f"softsign k={k}", block, scale, **softsign(k)))
+    found.append(Candidate("softsign k=5", 64, "bf16 up", **softsign(5)))
     found.append(Candidate("softsign k=1 (FlashOptim)", 32, "fp16", **softsign(1)))
     levels = bitsandbytes_map()
     if levels is not None:
@@ -128,19 +124,35 @@ def flips(
 
 
 def read_gradients(path: Path) -> tuple[dict[str, Tensor], str]:
-    """{parameter name: (steps, ...) gradients}, and the file's own words on their source."""
+    """{parameter name: (steps, ...) gradients}, and words on their source.
+
+    path: what `cruxy-triton finetune --record-gradients N` leaves (a folder of step-*.safetensors), or one file.
+    Raises UserError for anything else.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("step-*.safetensors"))
+        if not files:
+            raise UserError(f"{path}: no step-*.safetensors in it; record some with finetune --record-gradients")
+        steps = [_read(file)[0] for file in files]
+        if any(step.keys() != steps[0].keys() for step in steps):
+            raise UserError(f"{path}: its files hold different parameters; expected one run's gradients")
+        stacked = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        return stacked, f"{len(files)} steps in {path}"
+    gradients, metadata = _read(path)
+    lengths = {len(g) for g in gradients.values() if g.dim()}
+    if not gradients or len(lengths) != 1:
+        raise UserError(f"{path}: expected (steps, *shape) tensors with equal steps, found steps {lengths}")
+    return gradients, metadata.get("source", "not stated in the file")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            source = (file.metadata() or {}).get("source", "not stated in the file")
-            gradients = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read gradients ({error}); expected a safetensors file") from error
-    lengths = {len(g) for g in gradients.values() if g.dim()}
-    if not gradients or len(lengths) != 1:
-        raise UserError(f"{path}: expected (steps, *shape) tensors with equal steps, found steps {lengths}")
-    return gradients, source
 
 
 def table(path: Path, betas: tuple[float, float], skip: int = 0) -> tuple[list[dict], str]:

@@ -1,7 +1,7 @@
 """`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
 
     cruxy-triton bench step --device cpu --census lora-r8
-    cruxy-triton bench codec --gradients recorded.safetensors
+    cruxy-triton bench codec --gradients runs/NAME/gradients
     cruxy-triton bench rounding
 """
 
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
     codec = kinds.add_parser("codec", help="sign flips of 8-bit momentum on recorded gradients")
-    codec.add_argument("--gradients", type=Path, required=True, help="safetensors file; see cruxy_triton/bench/codec.py")
+    codec.add_argument("--gradients", type=Path, required=True, help="folder or file of recorded gradients")
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
@@ -77,8 +77,8 @@ def run_codec(args: argparse.Namespace) -> dict[str, Any]:
     beta1, beta2 = args.betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise UserError(f"--betas are {beta1} and {beta2}; expected two values from 0 to below 1")
-    if not args.gradients.is_file():
-        raise UserError(f"{args.gradients}: no such file; record one with `cruxy-triton finetune --record-gradients`")
+    if not args.gradients.exists():
+        raise UserError(f"{args.gradients}: no such file or folder; `finetune --record-gradients N` makes one")
     rows, source = codec.table(args.gradients, (beta1, beta2), args.skip)
     return {"rows": rows, "betas": [beta1, beta2], "gradients": source}
 

@@ -7,7 +7,7 @@ and the bandwidth of a plain copy, measured in the same run.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Contestant:
     gpu_seconds: list[float] = field(default_factory=list)
 
 
-def contestants(params: list[Tensor], only: str | None) -> tuple[list[Contestant], dict[str, str]]:
+def contestants(params: Sequence[Tensor], only: str | None) -> tuple[list[Contestant], dict[str, str]]:
     """Everything that can run here, and {name: why not} for what cannot."""
     from cruxy_triton import CruxyOptimizer
 
@@ -63,10 +63,13 @@ def contestants(params: list[Tensor], only: str | None) -> tuple[list[Contestant
 
     add("torch AdamW fused", lambda: torch.optim.AdamW(params, fused=True))
     add("torch AdamW foreach", lambda: torch.optim.AdamW(params, foreach=True))
-    for law in ("meta3",):
-        add(f"cruxy-triton {law} Lion 8-bit", lambda: CruxyOptimizer(params, law, 1e-4, use_lion=True, state_bits=8), loss=loss)
-        add(f"cruxy-triton {law} Lion fp32", lambda: CruxyOptimizer(params, law, 1e-4, use_lion=True, state_bits=32), loss=loss)
-        add(f"cruxy-triton {law} AdamW", lambda: CruxyOptimizer(params, law, 1e-4), loss=loss)
+
+    def ours(**arguments: Any) -> Callable[[], Any]:
+        return lambda: CruxyOptimizer(params, "meta3", 1e-4, **arguments)
+
+    add("cruxy-triton meta3 Lion 8-bit", ours(use_lion=True, state_bits=8), loss=loss)
+    add("cruxy-triton meta3 Lion fp32", ours(use_lion=True, state_bits=32), loss=loss)
+    add("cruxy-triton meta3 AdamW", ours(), loss=loss)
     add("lion-pytorch", peer("lion_pytorch", "Lion", lr=1e-4))
     if params[0].is_cuda:
         add("lion-pytorch Triton", peer("lion_pytorch", "Lion", lr=1e-4, use_triton=True))

@@ -248,8 +248,8 @@ class Progress:
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=total, initial=row["step"] - 1, unit="step", dynamic_ncols=True, file=sys.stderr)
-        self.bar.update(row["step"] - self.bar.n)
         self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(row["step"] - self.bar.n)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -186,8 +186,8 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         run["status"] = "out of memory"
         files.write_json(folder.run_json, run)
         raise TrainingFailed(
-            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): close other "
-            f"programs and continue with --resume, or lower --max-seq-length ({str(error).partition('.')[0]})"
+            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): close "
+            f"other programs and continue with --resume, or lower --max-seq-length ({str(error).partition('.')[0]})"
         ) from error
     step = trainer.state.global_step
     seconds = time.time() - started

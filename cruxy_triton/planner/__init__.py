@@ -1,8 +1,8 @@
 """The memory planner: does this training run fit this card, and which configuration is best?
 
-    from cruxy_triton.planner import plan
-    answer = plan("tinyllama-1.1b", "gtx1650", seq=1024)
-    if answer.fits: print(answer.config)
+from cruxy_triton.planner import plan
+answer = plan("tinyllama-1.1b", "gtx1650", seq=1024)
+if answer.fits: print(answer.config)
 """
 
 from cruxy_triton.planner.card import Card, card_names, load_card, parse_bytes

@@ -64,7 +64,10 @@ class Step:
     autocast: bool = True
     upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
     keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
-    kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
+    warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
+    kbit_prepared: bool = (
+        False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
+    )
 
     @property
     def tokens(self) -> int:
@@ -167,6 +170,12 @@ class _Run:
     def _load(self) -> None:
         step, shape, ld = self.step, self.shape, self.ld
         ld.enter("load")
+        if step.warmup:
+            width = 0.5 if step.precision == "nf4" else BYTES[step.precision]
+            inner = shape.num_hidden_layers * sum(x.weight for x in shape.linears())
+            outer = shape.parameters - inner
+            whole = ld.buffer(int(inner * width) + outer * BYTES[step.precision], "weights")
+            del whole
         # from_pretrained fills a model in the natural order of its keys: lm_head, embed_tokens, layers, norm; in a
         # layer, norms aside, mlp before self_attn and each by name
         table = shape.vocab_size * shape.hidden_size
@@ -216,11 +225,11 @@ class _Run:
             BYTES[step.precision],
         )
 
-    def _norm(self, x: Tensor, rows: int) -> Tensor:
+    def _norm(self, x: Tensor, rows: int, weight: Parameter) -> Tensor:
         family = self.shape.family
         if family.norm == "layer":
             return ops.layer_norm(self.ld, x, rows, self.step.half)
-        return ops.rms_norm(self.ld, x, rows, family.norm == "gemma", self.step.stream)
+        return ops.rms_norm(self.ld, x, rows, family.norm == "gemma", weight)
 
     def _attention(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
         ld, shape, step = self.ld, self.shape, self.step
@@ -229,8 +238,8 @@ class _Run:
         k = self._apply(layer, names[1], x)
         v = self._apply(layer, names[2], x)
         if shape.family.qk_norm:
-            q = self._norm(q, step.tokens * shape.num_attention_heads)
-            k = self._norm(k, step.tokens * shape.num_key_value_heads)
+            q = self._norm(q, step.tokens * shape.num_attention_heads, layer.norms[-2])
+            k = self._norm(k, step.tokens * shape.num_key_value_heads, layer.norms[-1])
         q, k = self._rotate(q, k)
         weights = None
         if step.attention == "eager":
@@ -259,7 +268,11 @@ class _Run:
             q, k, v = (ops.cast(ld, t, step.half) for t in (q, k, v))
         if step.attention == "math":
             return ops.math_attention(ld, q, k, v, heads, step.device == "cuda")
-        return ops.fused_attention(ld, q, k, v, heads, step.attention)
+        out = ops.fused_attention(ld, q, k, v, heads, step.attention)
+        if step.attention == "sdpa-cpu" and self.shape.partial_rotary_factor != 1.0:
+            # the CPU's kernel lays its output out as the query, which concatenation made [B, H, S, D]
+            out = ops.copy(ld, out)
+        return out
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         names = self.shape.family.names
@@ -281,21 +294,22 @@ class _Run:
 
     def _block(self, layer: _Layer, x: Tensor) -> Tensor:
         ld, tokens, family = self.ld, self.step.tokens, self.shape.family
+        norms = iter(layer.norms)
         residual = x
-        x = self._norm(x, tokens)
+        x = self._norm(x, tokens, next(norms))
         if family.parallel:
             attended, weights = self._attention(layer, x)
             fed = self._mlp(layer, x)
             return ops.add(ld, ops.add(ld, attended, fed), residual)
         x, weights = self._attention(layer, x)  # `weights` lives to the end of the block, as in transformers
         if family.sandwich:
-            x = self._norm(x, tokens)
+            x = self._norm(x, tokens, next(norms))
         x = ops.add(ld, residual, x)
         residual = x
-        x = self._norm(x, tokens)
+        x = self._norm(x, tokens, next(norms))
         x = self._mlp(layer, x)
         if family.sandwich:
-            x = self._norm(x, tokens)
+            x = self._norm(x, tokens, next(norms))
         x = ops.add(ld, residual, x)
         del weights
         return x
@@ -307,7 +321,10 @@ class _Run:
         x = ld.new(step.tokens * shape.hidden_size, step.stream)
         # peft asks for a gradient at the embedding's output (enable_input_require_grads) under checkpointing;
         # without it the first layer's input needs none
-        if self.full or step.checkpointing:
+        if self.full:
+            table = self.embedding
+            record(ld, x, (table,), lambda g: (ld.new(table.n, table.b),), [])
+        elif step.checkpointing:
             record(ld, x, (), lambda g: (), [])
         if shape.family.scaled_embedding:
             x = ops.unary(ld, x)
@@ -329,7 +346,7 @@ class _Run:
             else:
                 x = self._block(layer, x)
         ld.scope = "head"
-        return self._norm(x, step.tokens)
+        return self._norm(x, step.tokens, self.final[0])
 
     # -- loss ------------------------------------------------------------------------------------
 
@@ -391,7 +408,8 @@ class _Run:
                 space = ld.new(tile, compute)
                 narrow = ops.cast(ld, hidden.detach(), compute)
                 if cpu:
-                    parts = [ld.new(tall, 4) for _ in range(4)]
+                    # y, z, log p, p, the gradient, one-hot minus p, its product; the one-hot is boolean
+                    parts = [ld.new(tall, 4) for _ in range(7)] + [ld.new(tall, 1)]
                     del parts
                 if self.full:
                     weight = ld.new(self.head.n, 4)
@@ -439,7 +457,7 @@ class _Run:
         backward(ld, loss)
         del loss, logits, inputs
 
-    def optimizer_step(self) -> None:
+    def optimizer_step(self, keep_gradients: bool = False) -> None:
         ld = self.ld
         ld.enter("optimizer")
         state, transient = OPTIMIZERS[self.step.optimizer]
@@ -452,19 +470,23 @@ class _Run:
         if transient:
             held = [ld.buffer(int(p.n * transient), "workspaces") for p in self.trained]
             del held
-        for parameter in self.trained:
-            parameter.grad = None
+        if not keep_gradients:
+            for parameter in self.trained:
+                parameter.grad = None
 
 
 def walk(step: Step, steps: int = 2, record: bool = False) -> Ledger:
-    """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet."""
+    """Run `steps` optimizer steps on a fresh ledger and return it. The first has no optimizer state yet.
+
+    Of accumulated micro-batches only the last matters, which finds the others' gradients in place: they are
+    kept over from the step before it.
+    """
     ledger = Ledger(512 if step.device == "cuda" else 1, record)
     run = _Run(step, ledger)
     ledger.enter("loaded")
-    for _ in range(steps):
-        for _ in range(min(step.accumulation, 2)):
-            run.micro_step()
-        run.optimizer_step()
+    for index in range(steps):
+        run.micro_step()
+        run.optimizer_step(keep_gradients=step.accumulation > 1 and index < steps - 1)
     ledger.enter("end")
     return ledger
 
@@ -496,9 +518,7 @@ def footprint(step: Step) -> Footprint:
         ledger = walk(step)
         found = _summary(ledger, layers)
     else:
-        two, three = (
-            _summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3)
-        )
+        two, three = (_summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3))
         more = layers - 2
         found = {}
         for phase, (low, low_parts) in two.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -237,7 +238,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _simple(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    return "".join(c for c in name.lower() if c.isalnum() or c == ".")  # a dot tells 1.5b from 15b
 
 
 def model_names() -> list[str]:
@@ -285,7 +286,9 @@ def _unknown(what: str, text: str, names: list[str]) -> str:
     by_simple = {_simple(name): name for name in names}
     close = difflib.get_close_matches(_simple(text), by_simple, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(by_simple[c] for c in close)}" if close else f"known: {', '.join(names)}"
-    extra = " A Hugging Face id (owner/name), a folder or a config.json serve as well." if what == "model" else ""
+    extra = (
+        " A Hugging Face id (owner/name), a folder or a config.json serve as well." if what == "model" else ""
+    )
     return f"unknown {what} {text!r}; {hint}.{extra}"
 
 
@@ -305,19 +308,46 @@ def _shape_from_file(path: Path) -> ModelShape:
 
 
 def _shape_from_hub(hf_id: str, names: list[str]) -> ModelShape:
+    """The config.json of a Hugging Face id: from the local cache, else from the hub (one request, 10 s)."""
+    data = _cached_config(hf_id) or _hub_config(hf_id, names)
+    if isinstance(data.get("text_config"), dict):
+        data = data["text_config"]
+    return replace(shape_from_config(data, hf_id, "huggingface.co"), hf_id=hf_id)
+
+
+def _cached_config(hf_id: str) -> dict[str, Any] | None:
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        raise UserError(
-            f"{_unknown('model', hf_id, names)} (asking the hub needs `pip install huggingface_hub`)"
-        ) from None
+        return None
     try:
-        path = hf_hub_download(hf_id, "config.json", local_files_only=True)
-    except (LocalEntryNotFoundError, ValueError):
-        try:
-            path = hf_hub_download(hf_id, "config.json")
-        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise UserError(f"{_unknown('model', hf_id, names)} The hub answered: {first}") from None
-    return replace(_shape_from_file(Path(path)), name=hf_id, hf_id=hf_id, source="huggingface.co")
+        path = try_to_load_from_cache(hf_id, "config.json")
+    except ValueError:  # not a name that the hub could have
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str) else None
+
+
+def _hub_config(hf_id: str, names: list[str]) -> dict[str, Any]:
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{base}/{urllib.parse.quote(hf_id)}/resolve/main/config.json")
+    if os.environ.get("HF_TOKEN"):
+        request.add_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            data = json.load(answer)
+    except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
+        code = getattr(error, "code", None)
+        if code in (401, 403):
+            why = "the hub asks for a login: set HF_TOKEN after accepting the model's licence there"
+        elif code == 404:
+            why = "the hub has no such model"
+        else:
+            why = f"the hub could not be asked ({error})"
+        raise UserError(f"{_unknown('model', hf_id, names)} {why[0].upper()}{why[1:]}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{hf_id}: its config.json is not a JSON object")
+    return data

@@ -11,10 +11,13 @@ exactly to the peak allocated of the whole; what is reserved needs all layers.
 
 from __future__ import annotations
 
+import logging
+import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -23,7 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cruxy_triton.planner.footprint import NF4_BLOCK, NF4_NESTED_BLOCK, OPTIMIZERS, Step, load_events
+from cruxy_triton.planner.footprint import (
+    NF4_BLOCK,
+    NF4_NESTED_BLOCK,
+    OPTIMIZERS,
+    TILE_VOCABULARY,
+    Step,
+    load_events,
+)
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape
 
@@ -115,7 +125,7 @@ class Recorder(TorchDispatchMode):
             for item in value:
                 self._see_all(item)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         out = _masked_rows(func, args) if func is aten.index.Tensor else None
         if out is None:
             out = func(*args, **(kwargs or {}))
@@ -128,9 +138,9 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def _masked_rows(func: Any, args: tuple) -> torch.Tensor | None:
+def _masked_rows(func: Any, args: Any) -> torch.Tensor | None:
     """x[mask] on meta, where the count cannot be known: every row is taken, the most that it can be."""
-    source, indices = args[0], args[1]
+    source, indices = args[:2]
     index = indices[0]
     if index is None or index.dtype != torch.bool or source.device.type != "meta":
         return None
@@ -140,7 +150,7 @@ def _masked_rows(func: Any, args: tuple) -> torch.Tensor | None:
 # -- workspaces: what the dispatcher does not see ------------------------------------------------------
 
 
-def workspace_bytes(func: Any, args: tuple, out: Any) -> int:
+def workspace_bytes(func: Any, args: Any, out: Any) -> int:
     """Bytes that a CUDA kernel takes while it runs, by operation.
 
     `_softmax_backward_data`: grad * output, made before the kernel (aten/src/ATen/native/cuda/SoftMax.cu);
@@ -194,7 +204,11 @@ def _config(shape: ModelShape, attention: str):
     if shape.model_type == "llama":
         values["mlp_bias"] = shape.mlp_bias
     if shape.model_type == "phi":
-        values |= {"partial_rotary_factor": shape.partial_rotary_factor, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        values |= {
+            "partial_rotary_factor": shape.partial_rotary_factor,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        }
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(shape, name) is not None:
             values[name] = getattr(shape, name)
@@ -208,8 +222,8 @@ def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> Non
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
-    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
+    def empty(size: int | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
 
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name.endswith("lm_head"):
@@ -237,7 +251,7 @@ def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> Non
             cols, rows, bias=module.bias is not None, compute_dtype=compute, quant_type="nf4", device="meta"
         )
         layer.weight = bnb.nn.Params4bit(
-            empty((rows * cols + 1) // 2, 1, dtype=torch.uint8),
+            empty(((rows * cols + 1) // 2, 1), dtype=torch.uint8),
             requires_grad=False,
             quant_state=state,
             blocksize=NF4_BLOCK,
@@ -255,6 +269,8 @@ def build(step: Step, device: str = "meta") -> torch.nn.Module:
     """The model as `cruxy-triton finetune` has it before its first step, of `step.shape`'s layers, on `device`."""
     from transformers import AutoModelForCausalLM
 
+    # At import it reports which CPU kernels it lacks; none of them runs here.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     dtype = _DTYPES[step.precision]
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -271,10 +287,6 @@ def build(step: Step, device: str = "meta") -> torch.nn.Module:
         if step.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        if step.chunked_loss:
-            from trl.trainer.utils import add_fused_lm_head
-
-            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if step.lora_r:
             from peft import LoraConfig, get_peft_model
 
@@ -315,18 +327,27 @@ def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _sdpa(kind: str) -> Callable[..., torch.Tensor]:
     """F.scaled_dot_product_attention as `kind` on CUDA."""
 
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         if kind == "math":
             return aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
             )[0]
         if kind == "flash":
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[
-                0
-            ]
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
         heads = query.shape[1]
         return aten._scaled_dot_product_efficient_attention(
-            query, _repeat(key, heads), _repeat(value, heads), attn_mask, True, dropout_p, is_causal, scale=scale
+            query,
+            _repeat(key, heads),
+            _repeat(value, heads),
+            attn_mask,
+            True,
+            dropout_p,
+            is_causal,
+            scale=scale,
         )[0]
 
     return attention
@@ -367,7 +388,9 @@ class _Autocast:
         def wide(x: Any) -> Any:
             return x.float() if isinstance(x, torch.Tensor) and x.dtype == self.dtype else x
 
-        return lambda *args, **kwargs: function(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
+        return lambda *args, **kwargs: function(
+            *(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()}
+        )
 
 
 def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
@@ -382,9 +405,21 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
     def dropout(x, p=0.5, training=True, inplace=False):
         return aten.native_dropout(x, p, True)[0] if training and p > 0 else x
 
+    def autocast_enabled(device="meta"):
+        return autocast is not None
+
+    def autocast_dtype(device):
+        return autocast.dtype if autocast is not None else torch.float32
+
+    def triton_runs(device):
+        return True
+
+    def accumulate(acc, a, b):
+        return None  # cuBLAS adds into acc without a copy
+
     attention = _sdpa(step.attention)
     found = [
-        mock.patch.object(torch, "is_autocast_enabled", lambda device="meta": autocast is not None),
+        mock.patch.object(torch, "is_autocast_enabled", autocast_enabled),
         mock.patch.object(F, "softmax", fused_softmax),
         mock.patch.object(F, "dropout", dropout),
     ]
@@ -395,19 +430,22 @@ def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
             mock.patch.object(torch, "matmul", autocast.low(torch.matmul)),
             mock.patch.object(F, "layer_norm", autocast.high(F.layer_norm)),
             mock.patch.object(torch, "pow", autocast.high(torch.pow)),
-            mock.patch.object(torch, "get_autocast_dtype", lambda device: autocast.dtype),
+            mock.patch.object(torch, "get_autocast_dtype", autocast_dtype),
         ]
     found.append(mock.patch.object(F, "scaled_dot_product_attention", attention))
     if step.chunked_loss:
         import trl.kernels.chunked_logprob as chunked
-        import trl.trainer.utils as utils
 
+        if "trl.trainer.utils" not in sys.modules:
+            # The backward pass asks it for one context manager; it would import the whole trainer for that.
+            light: Any = types.ModuleType("trl.trainer.utils")
+            light.maybe_gather_lm_head_ctx = lambda weight, bias: nullcontext()
+            found.append(mock.patch.dict(sys.modules, {"trl.trainer.utils": light}))
         found += [
-            mock.patch.object(chunked, "_use_triton", lambda device: True),
-            mock.patch.object(utils, "_use_triton", lambda device: True),
+            mock.patch.object(chunked, "_use_triton", triton_runs),
             mock.patch.object(chunked, "_forward_kernel", _NoKernel()),
             mock.patch.object(chunked, "_backward_kernel", _NoKernel()),
-            mock.patch.object(chunked, "_addmm_fp32", lambda acc, a, b: None),
+            mock.patch.object(chunked, "_addmm_fp32", accumulate),
         ]
     return found
 
@@ -417,7 +455,9 @@ def _masks(step: Step) -> Iterator[None]:
     """transformers cannot look into a mask on meta; give the models what they would have made of a full one."""
     import importlib
 
-    module = importlib.import_module(f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}")
+    module = importlib.import_module(
+        f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}"
+    )
 
     def make(config=None, inputs_embeds=None, **_: Any) -> torch.Tensor | None:
         assert inputs_embeds is not None
@@ -471,7 +511,7 @@ def trace(step: Step, steps: int = 2) -> Traced:
         _run(step, model, recorder, trained, autocast, steps)
     recorder.enter("end")
     phases = {k: v for k, v in recorder.phases.items() if k != "end"}
-    return Traced(phases, recorder.events)
+    return Traced(phases, list(recorder.events))  # the model is released after this, which is no part of it
 
 
 def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
@@ -484,35 +524,36 @@ def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
-def _run(step: Step, model: Any, recorder: Recorder, trained: list, autocast: _Autocast | None, steps: int) -> None:
+def _run(
+    step: Step, model: Any, recorder: Recorder, trained: list, autocast: _Autocast | None, steps: int
+) -> None:
     state: list[torch.Tensor] = []
     workspaces = 0
-    for _ in range(steps):
-        for _ in range(min(step.accumulation, 2)):
-            ids, mask, labels = (
-                torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3)
-            )
-            recorder.enter("forward")
-            if workspaces == 0 and step.cublas_workspace:
-                workspaces = 1
-                recorder.hold(step.cublas_workspace)
-            extra = {"fused_lm_head": True} if step.chunked_loss else {}
-            with autocast.active() if autocast else ExitStack():
-                output = model(input_ids=ids, labels=labels, **extra)
-            if step.upcast_outputs and not step.chunked_loss:
-                output["logits"] = output["logits"].float()
-            loss = output.loss
+    for index in range(steps):
+        ids, mask, labels = (
+            torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3)
+        )
+        recorder.enter("forward")
+        if workspaces == 0 and step.cublas_workspace:
+            workspaces = 1
+            recorder.hold(step.cublas_workspace)
+        with autocast.active() if autocast else ExitStack():
             if step.chunked_loss:
-                loss = (-output.log_probs).sum() / torch.ones((), device="meta")
-            if not step.keep_outputs:
-                del output
-            recorder.enter("backward")
-            if workspaces == 1:
-                workspaces = 2
-                recorder.hold(step.cublas_workspace)
-            loss.backward()
-            output = None
-            del loss, ids, mask, labels
+                output = _tiled_loss(model, ids, labels)
+            else:
+                output = model(input_ids=ids, labels=labels)
+        if step.upcast_outputs and not step.chunked_loss:
+            output["logits"] = output["logits"].float()
+        loss = output["loss"]
+        if not step.keep_outputs:
+            del output
+        recorder.enter("backward")
+        if workspaces == 1:
+            workspaces = 2
+            recorder.hold(step.cublas_workspace)
+        loss.backward()
+        output = None
+        del loss, ids, mask, labels
         recorder.enter("optimizer")
         each, transient = OPTIMIZERS[step.optimizer]
         if not state:
@@ -520,8 +561,44 @@ def _run(step: Step, model: Any, recorder: Recorder, trained: list, autocast: _A
             state = [_bytes(p.numel() * n) for p in trained for n in sizes]
         held = [_bytes(p.numel() * transient) for p in trained if transient]
         del held
-        for parameter in trained:
-            parameter.grad = None
+        if (
+            step.accumulation == 1 or index == steps - 1
+        ):  # as footprint.walk: the last finds gradients in place
+            for parameter in trained:
+                parameter.grad = None
+
+
+def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss of TRL 1.16's SFTTrainer: its ChunkedLogProbFunction on the backbone's hidden states.
+
+    What `add_fused_lm_head` and `compute_loss` do around it, without importing the trainer (10 s). All labels
+    count, which is the most memory that a batch can take. tests/planner/test_trace.py holds the two together.
+    """
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
+    mask = labels != -100
+    head = base.get_output_embeddings()
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    per_token = ChunkedLogProbFunction.apply(
+        hidden[mask],
+        head.weight,
+        head.bias,
+        labels[mask],
+        1.0,
+        TILE_VOCABULARY,
+        softcap,
+        1.0,
+        ("log_probs", "entropy", "is_top1"),
+    )
+    del hidden
+    log_probs, entropy, _, _, is_top1 = (
+        None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token
+    )
+    loss = (-log_probs).sum() / mask.sum().clamp(min=1)
+    return {"loss": loss, "log_probs": log_probs, "entropy": entropy, "is_top1": is_top1}
 
 
 def _bytes(n: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
 `observers` are called with the name of each kernel that is started; tests and benchmarks count with them.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from torch import Tensor
 from cruxy_kernels.tables import TensorTable, element_type, tables
 
 NUM_WARPS = 4
-MAX_REGISTERS = 64  # a thread: the most with which sm_75 holds its 1,024 threads
-LIMITS = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+
+# The most registers a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
+# more threads than that anyhow, and there the assembler spills a few of AdamW's registers to stay at 64.
+MAX_REGISTERS, MAX_REGISTERS_NEWER = 64, 80
+NEWER = (8, 0)
 
 observers: list[Callable[[str], None]] = []
 
@@ -26,7 +30,22 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WAR
         return
     for observer in observers:
         observer(kernel.__name__)
-    kernel[(programs,)](*arguments, num_warps=num_warps, **LIMITS, **constants)
+    kernel[(programs,)](*arguments, num_warps=num_warps, **limits(), **constants)
+
+
+def register_limit(capability: tuple[int, int]) -> int:
+    """The most registers a thread that kernels may take on a card of this compute capability."""
+    return MAX_REGISTERS if capability < NEWER else MAX_REGISTERS_NEWER
+
+
+@functools.lru_cache(maxsize=16)
+def _limits_of(device: int) -> dict[str, int]:
+    return {} if torch.version.hip else {"maxnreg": register_limit(torch.cuda.get_device_capability(device))}
+
+
+def limits() -> dict[str, int]:
+    """Compiler options for the current device."""
+    return _limits_of(torch.cuda.current_device()) if torch.cuda.is_available() else {}
 
 
 @contextmanager

@@ -131,13 +131,14 @@ void lion_block(const Row& row, const Values& c, float lr, int64_t start, int64_
     } else {
         std::memcpy(m, momentum, floats);
     }
-    const float keep = 1 - c.lr * c.weight_decay, one_beta1 = 1 - c.beta1, one_beta2 = 1 - c.beta2;
+    const float beta1 = c.beta1, beta2 = c.beta2, factor = c.factor, keep = 1 - c.lr * c.weight_decay;
+    const float one_beta1 = 1 - beta1, one_beta2 = 1 - beta2;
     for (int i = 0; i < BLOCK; ++i) {
-        float gi = g[i] * c.factor, u = c.beta1 * m[i] + one_beta1 * gi;
+        float gi = g[i] * factor, u = beta1 * m[i] + one_beta1 * gi;
         float step = u > 0 ? lr : 0.0f;
         step = u < 0 ? -lr : step;
         p[i] = p[i] * keep - step;
-        m[i] = c.beta2 * m[i] + one_beta2 * gi;
+        m[i] = beta2 * m[i] + one_beta2 * gi;
     }
     std::memcpy(param, p, floats);
     if (CODED) {
@@ -149,23 +150,36 @@ void lion_block(const Row& row, const Values& c, float lr, int64_t start, int64_
 }
 
 template <bool NESTEROV, bool DECOUPLED>
-void adamw_chunk(const Row& row, const Values& c, float step_size, int64_t start, int64_t n) {
-    float* __restrict p = at<float>(row.param) + start;
-    const float* __restrict g = at<const float>(row.grad) + start;
-    float* __restrict m = at<float>(row.exp_avg) + start;
-    float* __restrict v = at<float>(row.exp_avg_sq) + start;
+void adamw_block(const Row& row, const Values& c, float step_size, int64_t start, int64_t n) {
+    float* param = at<float>(row.param) + start;
+    const float* grad = at<const float>(row.grad) + start;
+    float* exp_avg = at<float>(row.exp_avg) + start;
+    float* exp_avg_sq = at<float>(row.exp_avg_sq) + start;
+    float p[BLOCK], g[BLOCK], m[BLOCK], v[BLOCK];
+    const bool whole = n == BLOCK;
+    if (!whole) {
+        std::memset(p, 0, sizeof p), std::memset(g, 0, sizeof g), std::memset(m, 0, sizeof m);
+        std::memset(v, 0, sizeof v);
+    }
+    const int64_t floats = whole ? sizeof p : n * sizeof(float);
+    std::memcpy(p, param, floats);
+    std::memcpy(g, grad, floats);
+    std::memcpy(m, exp_avg, floats);
+    std::memcpy(v, exp_avg_sq, floats);
     const float keep = DECOUPLED ? 1 - c.lr * c.weight_decay : 1.0f, l2 = DECOUPLED ? 0.0f : c.weight_decay;
     // Copies: through the reference the compiler has to expect that a store changes them, and does not vectorise.
     const float beta1 = c.beta1, beta2 = c.beta2, factor = c.factor, eps = c.eps;
     const float one_beta1 = 1 - beta1, one_beta2 = 1 - beta2;
-    for (int64_t i = 0; i < n; ++i) {
+    for (int i = 0; i < BLOCK; ++i) {
         float gi = DECOUPLED ? g[i] * factor : g[i] * factor + l2 * p[i];
-        float mi = beta1 * m[i] + one_beta1 * gi, vi = beta2 * v[i] + one_beta2 * gi * gi;
-        m[i] = mi;
-        v[i] = vi;
-        float numerator = NESTEROV ? beta1 * mi + one_beta1 * gi : mi;
-        p[i] = p[i] * keep - step_size * (numerator / (std::sqrt(vi) + eps));
+        m[i] = beta1 * m[i] + one_beta1 * gi;
+        v[i] = beta2 * v[i] + one_beta2 * gi * gi;
+        float numerator = NESTEROV ? beta1 * m[i] + one_beta1 * gi : m[i];
+        p[i] = p[i] * keep - step_size * (numerator / (std::sqrt(v[i]) + eps));
     }
+    std::memcpy(param, p, floats);
+    std::memcpy(exp_avg, m, floats);
+    std::memcpy(exp_avg_sq, v, floats);
 }
 
 template <int POWER>  // 3: gamma = 1.5; 4: gamma = 2; 0: any
@@ -241,9 +255,10 @@ void adamw(const Row* rows, int64_t tensors, const Values* values, const float* 
         const Values& c = values[row.group];
         if (c.skip != 0) return;
         float step = multipliers ? c.step_size * multipliers[row.index] : c.step_size;
-        auto chunk = nesterov ? (decoupled ? adamw_chunk<true, true> : adamw_chunk<true, false>)
-                              : (decoupled ? adamw_chunk<false, true> : adamw_chunk<false, false>);
-        chunk(row, c, step, piece.start, piece.length);
+        auto block = nesterov ? (decoupled ? adamw_block<true, true> : adamw_block<true, false>)
+                              : (decoupled ? adamw_block<false, true> : adamw_block<false, false>);
+        for (int64_t k = 0; k < piece.length; k += BLOCK)
+            block(row, c, step, piece.start + k, std::min(BLOCK, piece.length - k));
     });
 }
 }

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cruxy_kernels.launch import MAX_REGISTERS
+from cruxy_kernels.launch import register_limit
 
 # Threads, registers, blocks and shared memory (KiB) of a multiprocessor. CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability".
@@ -49,7 +49,6 @@ class Variant:
     constants: dict[str, Any]
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
-    max_registers: int = MAX_REGISTERS
     wide_loads: int = 0  # 128-bit loads that the parameters and gradients of a thread take
     wide_stores: int = 0  # the same for storing parameters
     bytes_moved: float = 0.0  # bytes a parameter
@@ -98,7 +97,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
+    options = {"num_warps": variant.num_warps, "maxnreg": register_limit((arch // 10, arch % 10))}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -190,12 +189,13 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
 
 
 def broken_limits(variant: Variant, usage: Usage) -> list[str]:
-    """The limits that `usage` breaks, as sentences; the register limit is that of full occupancy on sm_75."""
+    """The limits that `usage` breaks, as sentences; the register limit is launch.py's."""
     found = []
     if usage.spills:
         found.append(f"{usage.spills} bytes a thread spilled, limit 0")
-    if usage.registers > variant.max_registers:
-        found.append(f"{usage.registers} registers a thread, limit {variant.max_registers}")
+    limit = register_limit((usage.arch // 10, usage.arch % 10))
+    if usage.registers > limit:
+        found.append(f"{usage.registers} registers a thread, limit {limit}")
     wide = usage.main_loads.get("128", 0)
     if wide < variant.wide_loads:
         found.append(f"{wide} loads of 128 bits in the main path, expected at least {variant.wide_loads}")

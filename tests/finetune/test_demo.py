@@ -10,6 +10,9 @@ from cruxy_triton.finetune import demo
 
 MIB = 1 << 20
 
+# One process for all of them: the second test uses the model that the first has made.
+pytestmark = pytest.mark.xdist_group("demo")
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cruxy_kernels
 import pytest
 import torch
+
+import cruxy_kernels
 
 DEVICE = Path(__file__).parent / "device"
 LION = "test_updates.py::test_lion_sizes"
