@@ -242,9 +242,7 @@ def checkpoint(ledger: Ledger, fn: Callable[[Tensor], Tensor], x: Tensor) -> Ten
         ledger.frames.pop()
 
 
-def record(
-    ledger: Ledger, out: Tensor, inputs: tuple[Tensor | None, ...], fn: Callable | None, saved: list
-) -> Tensor:
+def record(ledger: Ledger, out: Tensor, inputs: tuple[Tensor | None, ...], fn: Callable | None, saved: list) -> Tensor:
     """Attach a node to `out`; `fn(g, *saved)` returns one gradient (or None) per input. Returns `out`."""
     ledger.sequence += 1
     edges = []
