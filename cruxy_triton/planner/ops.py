@@ -43,15 +43,8 @@ def unary(ld: Ledger, x: Tensor, keeps: str = "") -> Tensor:
 def add(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
     out = ld.new(max(x.n, y.n), max(x.b, y.b))
     if x.requires_grad or y.requires_grad:
-        bytes_of = (x.b, y.b)
-        wants = (x.requires_grad, y.requires_grad)
-
-        def back(g: Tensor):
-            return tuple(
-                None if not want else g if g.b == b else ld.new(g.n, b) for b, want in zip(bytes_of, wants, strict=True)
-            )
-
-        record(ld, out, (x, y), back, [])
+        n = out.n
+        record(ld, out, (x, y), None, [], [(n, x.b), (n, y.b)])
     return out
 
 
@@ -64,16 +57,12 @@ def multiply(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
         held.append(save(ld, y))
     out = ld.new(max(x.n, y.n), max(x.b, y.b))
     if held:
-        shapes = ((x.n, x.b), (y.n, y.b))
         wants = (x.requires_grad, y.requires_grad)
 
         def back(g: Tensor, *saved):
-            full = [ld.new(g.n, g.b) if want else None for want in wants]
-            return tuple(
-                f if f is None or (f.n, f.b) == shape else ld.new(*shape) for f, shape in zip(full, shapes, strict=True)
-            )
+            return [ld.new(g.n, g.b) if want else None for want in wants]
 
-        record(ld, out, (x, y), back, held)
+        record(ld, out, (x, y), back, held, [(x.n, x.b), (y.n, y.b)])
     return out
 
 
@@ -448,7 +437,8 @@ def gelu_new(ld: Ledger, x: Tensor, half: int) -> Tensor:
     inner = add(ld, x, cube)
     del cube
     inner = unary(ld, inner)
-    right = unary_through(ld, unary(ld, inner, keeps="output"))
+    inner = unary(ld, inner, keeps="output")  # tanh
+    right = unary_through(ld, inner)
     del inner
     return multiply(ld, left, right)
 
