@@ -543,7 +543,9 @@ def plan(
     device = load_card(card)
     wish = _wish(shape, device, locals())
     judge = _Judge(shape, device, os)
-    config = _search(judge, wish, margin=True) or _search(judge, wish, margin=False)
+    config = _search(judge, wish, margin=True)
+    margin = config is not None
+    config = config or _search(judge, wish, margin=False)
     fits = config is not None
     if config is None:
         seqs, precisions = _lengths(shape, wish), _precisions(device, wish)
@@ -552,7 +554,7 @@ def plan(
     found = judge.footprint(config)
     allocated, reserved, pool = judge.memory(config)
     if fits:  # the bisection stops some MiB short of what the search has seen survive
-        pool = min(pool, judge.usable - device.context_bytes)
+        pool = min(pool, judge.room(config, margin))
     components = dict(found.components)
     if device.context_bytes:
         components["context"] = device.context_bytes
