@@ -99,7 +99,7 @@ class Card:
     @classmethod
     def cpu(cls, ram_bytes: int | str) -> Card:
         """A CPU run in `ram_bytes` of memory: float32, no CUDA context. The interpreter and its libraries come on
-        top (about 0.7 GiB with torch and transformers): give what is free once they are loaded."""
+        top (0.46 GiB resident with torch, transformers and peft): give what is free once they are loaded."""
         amount = parse_bytes(ram_bytes)
         return cls(
             name=f"CPU with {amount / GiB:.3g} GiB",
