@@ -9,20 +9,18 @@ import torch
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.planner import Card, Plan, plan
+from cruxy_triton.planner.footprint import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.shape import FAMILIES
 
 MIB = 1 << 20
 DEFAULT_LENGTH = 1024  # tokens, where neither the recipe nor shorter data says otherwise
 SHORTER = (768, 512, 384, 256, 128, 64)
-# (--optimizer, --state-bits) by the planner's name of the state's codec
-CODECS = {"adamw-fp32": ("cruxy", 32), "lion-fp32": ("cruxy-lion", 32), "lion-8bit": ("cruxy-lion", 8)}
 
 
 def codec_of(recipe: Recipe) -> str:
     """The planner's name for the optimizer state that `recipe` keeps."""
-    if recipe.optimizer == "cruxy-lion":
-        return f"lion-{'fp32' if recipe.state_bits == 32 else '8bit'}"
-    return "adamw-fp32"
+    wanted = (recipe.optimizer, recipe.state_bits)
+    return next(codec for codec, names in FINETUNE_OPTIMIZERS.items() if names == wanted)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -32,9 +30,9 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         raise UserError(f"the plan is for {config.method} fine-tuning; `cruxy-triton finetune` trains LoRA adapters")
     if not config.chunked_loss:
         raise UserError("the plan keeps whole logits (chunked_loss = false); finetune's loss is always chunked")
-    if config.optimizer not in CODECS:
-        raise UserError(f"the plan's optimizer {config.optimizer!r} is none of {', '.join(CODECS)}")
-    optimizer, bits = CODECS[config.optimizer]
+    if config.optimizer not in FINETUNE_OPTIMIZERS:
+        raise UserError(f"the plan's optimizer {config.optimizer!r} is none of {', '.join(FINETUNE_OPTIMIZERS)}")
+    optimizer, bits = FINETUNE_OPTIMIZERS[config.optimizer]
     quantized = config.precision == "nf4"
     return {
         "max_seq_length": config.max_seq_length,

@@ -40,6 +40,13 @@ OPTIMIZERS: dict[str, tuple[float, float]] = {
     "torch-adamw": (8.0, 4.0),
     "sgd": (0.0, 0.0),
 }
+# The same by what `cruxy-triton finetune` calls them: (--optimizer, --state-bits)
+FINETUNE_OPTIMIZERS = {
+    "adamw-fp32": ("cruxy", 32),
+    "lion-fp32": ("cruxy-lion", 32),
+    "lion-8bit": ("cruxy-lion", 8),
+    "torch-adamw": ("adamw", 32),
+}
 
 
 @dataclass(frozen=True)

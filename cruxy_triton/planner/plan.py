@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cruxy_triton import files
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.shape import read_toml
 
@@ -140,7 +139,9 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write TOML, to a temporary name first."""
-        write_whole(Path(path), to_toml(self.to_dict()))
+        if not Path(path).parent.is_dir():
+            raise UserError(f"{path}: the folder {Path(path).parent} does not exist")
+        files.write_text(path, to_toml(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -153,20 +154,6 @@ class Plan:
 
 def _option(data: Mapping[str, Any]) -> Option:
     return Option(data["change"], Configuration.from_dict(data["config"]), int(data["peak_bytes"]))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and move it into place."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _toml_value(value: Any) -> str:

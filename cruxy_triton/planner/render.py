@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from cruxy_triton.planner.card import GiB, MiB
+from cruxy_triton.planner.footprint import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Plan
 
 _BAR = 40  # characters for the usable memory
@@ -30,8 +31,6 @@ _MEANING = {
     "allocator": "PyTorch's rounding and fragmentation",
     "context": "CUDA context",
 }
-# finetune's name for an optimizer state codec
-_FINETUNE_OPTIMIZERS = {"adamw-fp32": "cruxy", "lion-fp32": "cruxy-lion", "torch-adamw": "adamw"}
 
 
 def describe(config: Configuration) -> str:
@@ -65,8 +64,9 @@ def finetune_command(plan: Plan, plan_file: str | None = None) -> str:
     words += ["--lora-r", str(c.lora_r), "--lora-alpha", str(c.lora_alpha)]
     words += ["--target-modules", *c.target_modules]
     words.append("--gradient-checkpointing" if c.gradient_checkpointing else "--no-gradient-checkpointing")
-    if c.optimizer in _FINETUNE_OPTIMIZERS:
-        words += ["--optimizer", _FINETUNE_OPTIMIZERS[c.optimizer]]
+    if c.optimizer in FINETUNE_OPTIMIZERS:
+        name, bits = FINETUNE_OPTIMIZERS[c.optimizer]
+        words += ["--optimizer", name, *(["--state-bits", "8"] if bits == 8 else [])]
     return shlex.join(words)
 
 
