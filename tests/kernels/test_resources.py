@@ -11,6 +11,9 @@ import pytest
 
 from cruxy_kernels.launch import MAX_REGISTERS
 
+# One worker for all of them: they share what the command printed.
+pytestmark = pytest.mark.xdist_group("resources")
+
 
 def kernels(*words, **environment):
     return subprocess.run(
