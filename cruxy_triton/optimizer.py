@@ -201,7 +201,8 @@ class CruxyOptimizer(Optimizer):
             if index in self._row_group:
                 group["mode"], group["control"] = self.mode, self._control[self._row_group.index(index)]
         for p, row in self._param_row.items():
-            self.state[p]["step"] = self._control[row, L.AGE]
+            if self.state.get(p):
+                self.state[p]["step"] = self._control[row, L.AGE]
 
     def _assign_row(self, param: Tensor, group_index: int) -> int:
         """Give a tensor that joins in this call the row of its group and age."""
@@ -356,6 +357,7 @@ class CruxyOptimizer(Optimizer):
                 state = self.state[p]
                 if not state:
                     self._init_state(p, group, state)
+                    self._param_row.pop(p, None)  # the state was cleared: the tensor starts anew
                 row = self._param_row.get(p)
                 if row is None:
                     row = self._assign_row(p, index)

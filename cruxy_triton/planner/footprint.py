@@ -225,11 +225,11 @@ class _Run:
             BYTES[step.precision],
         )
 
-    def _norm(self, x: Tensor, rows: int) -> Tensor:
+    def _norm(self, x: Tensor, rows: int, weight: Parameter) -> Tensor:
         family = self.shape.family
         if family.norm == "layer":
             return ops.layer_norm(self.ld, x, rows, self.step.half)
-        return ops.rms_norm(self.ld, x, rows, family.norm == "gemma", self.step.stream)
+        return ops.rms_norm(self.ld, x, rows, family.norm == "gemma", weight)
 
     def _attention(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
         ld, shape, step = self.ld, self.shape, self.step
@@ -238,8 +238,8 @@ class _Run:
         k = self._apply(layer, names[1], x)
         v = self._apply(layer, names[2], x)
         if shape.family.qk_norm:
-            q = self._norm(q, step.tokens * shape.num_attention_heads)
-            k = self._norm(k, step.tokens * shape.num_key_value_heads)
+            q = self._norm(q, step.tokens * shape.num_attention_heads, layer.norms[-2])
+            k = self._norm(k, step.tokens * shape.num_key_value_heads, layer.norms[-1])
         q, k = self._rotate(q, k)
         weights = None
         if step.attention == "eager":
@@ -268,7 +268,11 @@ class _Run:
             q, k, v = (ops.cast(ld, t, step.half) for t in (q, k, v))
         if step.attention == "math":
             return ops.math_attention(ld, q, k, v, heads, step.device == "cuda")
-        return ops.fused_attention(ld, q, k, v, heads, step.attention)
+        out = ops.fused_attention(ld, q, k, v, heads, step.attention)
+        if step.attention == "sdpa-cpu" and self.shape.partial_rotary_factor != 1.0:
+            # the CPU's kernel lays its output out as the query, which concatenation made [B, H, S, D]
+            out = ops.copy(ld, out)
+        return out
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         names = self.shape.family.names
@@ -290,21 +294,22 @@ class _Run:
 
     def _block(self, layer: _Layer, x: Tensor) -> Tensor:
         ld, tokens, family = self.ld, self.step.tokens, self.shape.family
+        norms = iter(layer.norms)
         residual = x
-        x = self._norm(x, tokens)
+        x = self._norm(x, tokens, next(norms))
         if family.parallel:
             attended, weights = self._attention(layer, x)
             fed = self._mlp(layer, x)
             return ops.add(ld, ops.add(ld, attended, fed), residual)
         x, weights = self._attention(layer, x)  # `weights` lives to the end of the block, as in transformers
         if family.sandwich:
-            x = self._norm(x, tokens)
+            x = self._norm(x, tokens, next(norms))
         x = ops.add(ld, residual, x)
         residual = x
-        x = self._norm(x, tokens)
+        x = self._norm(x, tokens, next(norms))
         x = self._mlp(layer, x)
         if family.sandwich:
-            x = self._norm(x, tokens)
+            x = self._norm(x, tokens, next(norms))
         x = ops.add(ld, residual, x)
         del weights
         return x
@@ -316,7 +321,10 @@ class _Run:
         x = ld.new(step.tokens * shape.hidden_size, step.stream)
         # peft asks for a gradient at the embedding's output (enable_input_require_grads) under checkpointing;
         # without it the first layer's input needs none
-        if self.full or step.checkpointing:
+        if self.full:
+            table = self.embedding
+            record(ld, x, (table,), lambda g: (ld.new(table.n, table.b),), [])
+        elif step.checkpointing:
             record(ld, x, (), lambda g: (), [])
         if shape.family.scaled_embedding:
             x = ops.unary(ld, x)
@@ -338,7 +346,7 @@ class _Run:
             else:
                 x = self._block(layer, x)
         ld.scope = "head"
-        return self._norm(x, step.tokens)
+        return self._norm(x, step.tokens, self.final[0])
 
     # -- loss ------------------------------------------------------------------------------------
 
@@ -400,7 +408,8 @@ class _Run:
                 space = ld.new(tile, compute)
                 narrow = ops.cast(ld, hidden.detach(), compute)
                 if cpu:
-                    parts = [ld.new(tall, 4) for _ in range(4)]
+                    # y, z, log p, p, the gradient, one-hot minus p, its product; the one-hot is boolean
+                    parts = [ld.new(tall, 4) for _ in range(7)] + [ld.new(tall, 1)]
                     del parts
                 if self.full:
                     weight = ld.new(self.head.n, 4)

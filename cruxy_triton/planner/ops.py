@@ -65,13 +65,14 @@ def multiply(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
         held.append(save(ld, y))
     out = ld.new(max(x.n, y.n), max(x.b, y.b))
     if held:
-        sizes = (x.n, y.n)
+        shapes = ((x.n, x.b), (y.n, y.b))
         wants = (x.requires_grad, y.requires_grad)
 
         def back(g: Tensor, *saved):
             full = [ld.new(g.n, g.b) if want else None for want in wants]
             return tuple(
-                f if f is None or f.n == n else ld.new(n, f.b) for f, n in zip(full, sizes, strict=True)
+                f if f is None or (f.n, f.b) == shape else ld.new(*shape)
+                for f, shape in zip(full, shapes, strict=True)
             )
 
         record(ld, out, (x, y), back, held)
@@ -243,7 +244,7 @@ def _mean(ld: Ledger, x: Tensor, rows: int) -> Tensor:
     return record(ld, out, (x,), lambda g: (ld.new(n, b),), []) if x.requires_grad else out
 
 
-def rms_norm(ld: Ledger, x: Tensor, rows: int, gemma: bool, weight_b: int) -> Tensor:
+def rms_norm(ld: Ledger, x: Tensor, rows: int, gemma: bool, weight: Parameter) -> Tensor:
     """LlamaRMSNorm (Qwen's is the same), or GemmaRMSNorm where `gemma`; over `rows` rows."""
     wide = cast(ld, x, 4)
     variance = _mean(ld, _power_two(ld, wide), rows)
@@ -252,19 +253,11 @@ def rms_norm(ld: Ledger, x: Tensor, rows: int, gemma: bool, weight_b: int) -> Te
     del variance
     out = multiply(ld, wide, scale)
     del wide, scale
-    if gemma:
-        out = unary(ld, out)  # * (1 + weight), the weight frozen
+    if gemma:  # * (1 + weight), in fp32
+        shifted = unary(ld, cast(ld, weight, 4)) if weight.trainable else ld.new(weight.n, 4)
+        out = multiply(ld, out, shifted)
         return cast(ld, out, x.b)
-    narrow = cast(ld, out, x.b)
-    result = ld.new(narrow.n, max(narrow.b, weight_b))
-    if narrow.requires_grad:
-        b = narrow.b
-        record(ld, result, (narrow,), lambda g: (_as(ld, ld.new(g.n, g.b), b),), [])
-    return result
-
-
-def _as(ld: Ledger, x: Tensor, b: int) -> Tensor:
-    return x if x.b == b else ld.new(x.n, b)
+    return multiply(ld, weight, cast(ld, out, x.b))
 
 
 def layer_norm(ld: Ledger, x: Tensor, rows: int, half: int) -> Tensor:

@@ -238,7 +238,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _simple(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    return "".join(c for c in name.lower() if c.isalnum() or c == ".")  # a dot tells 1.5b from 15b
 
 
 def model_names() -> list[str]:

@@ -17,7 +17,7 @@ from cruxy_kernels.codec_reference import BLOCK
 # Elements a piece: large enough that both threads of a small machine share an operator, small enough that
 # its buffers stay in the cache. On an accelerator a launch costs more than a cache miss.
 PIECE_CPU = 1 << 16
-PIECE_ACCELERATOR = 1 << 24
+PIECE_ACCELERATOR = 1 << 20
 
 
 class Piece:

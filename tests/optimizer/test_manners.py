@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.optim import lr_scheduler as schedulers
 
 from cruxy_triton import CruxyOptimizer, MetaLion
 
@@ -213,6 +214,56 @@ def test_the_groups_rate_is_never_written():
         plain.step()
         expected.step()
         assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in plain.param_groups]
+
+
+SCHEDULERS = {
+    "warm restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=4),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, max_lr=[1e-2, 3e-2], total_steps=20),
+    "cyclic": lambda o: schedulers.CyclicLR(o, base_lr=1e-4, max_lr=1e-2, step_size_up=3),
+    "multiplicative": lambda o: schedulers.MultiplicativeLR(o, lambda step: 0.9),
+    "polynomial": lambda o: schedulers.PolynomialLR(o, total_iters=10),
+    "sequential": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=5), schedulers.ExponentialLR(o, 0.9)], milestones=[5]
+    ),
+    "chained": lambda o: schedulers.ChainedScheduler([schedulers.ConstantLR(o), schedulers.StepLR(o, 4)]),
+    "averaged": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=1e-4, anneal_epochs=5),
+}
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_every_scheduler_sets_the_rates_it_sets_for_adamw(name, tensor_lr):
+    def run(cls):
+        params = parameters()
+        second = torch.tensor(3e-3) if tensor_lr else 3e-3
+        optimizer = cls([{"params": params[:1], "lr": second}, {"params": params[1:]}], lr=1e-3)
+        scheduler, rates = SCHEDULERS[name](optimizer), []
+        for step in range(19):
+            gradients(params, seed=step)
+            optimizer.step()
+            scheduler.step()
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
+            if isinstance(optimizer, CruxyOptimizer):
+                assert min(optimizer.metrics()["lrs"]) >= 0
+        return rates
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no loss is given; a chained scheduler's own remarks
+        assert run(CruxyOptimizer) == run(torch.optim.AdamW)
+
+
+def test_a_cleared_state_starts_anew():
+    params = parameters()
+    optimizer = CruxyOptimizer(params, lr=1e-2)
+    for step in range(8):
+        gradients(params, seed=step)
+        optimizer.step(loss=1.0)
+    optimizer.state.clear()
+    before = params[0].detach().clone()
+    gradients(params)
+    optimizer.step(loss=1.0)
+    assert optimizer.state_dict()["state"][0]["step"] == 1
+    assert (params[0] - before).abs().max() <= 1.9 * 1.01 * optimizer.metrics()["lr"] + 1e-3
 
 
 def test_lora_plus_groups_with_an_empty_one():

@@ -1,0 +1,454 @@
+"""Profiles, the search, the plan as data, and what happens with input that makes no sense."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from cruxy_triton.errors import UserError
+from cruxy_triton.planner import (
+    Card,
+    Configuration,
+    Plan,
+    card_names,
+    load_card,
+    load_model,
+    model_names,
+    parse_bytes,
+    plan,
+    shape_from_config,
+)
+from cruxy_triton.planner.footprint import Step, footprint
+from cruxy_triton.planner.render import finetune_command, render
+from cruxy_triton.planner.speed import flops, step_seconds
+
+GiB = 2**30
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+# -- profiles ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # as their model cards and safetensors indices state them
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("gemma-2b", 2_506_172_416),
+        ("gemma-2-2b", 2_614_341_888),
+        ("phi-2", 2_779_683_840),
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("smollm2-1.7b", 1_711_376_384),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+    ],
+)
+def test_parameter_counts(name, parameters):
+    assert load_model(name).parameters == parameters
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_models_are_found_by_name_and_by_hugging_face_id(name):
+    shape = load_model(name)
+    assert shape.source.startswith("https://huggingface.co/")
+    assert load_model(shape.hf_id) == shape
+    assert load_model(name.upper()) == shape
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_cards(name):
+    card = load_card(name)
+    linux, desktop, windows = (card.usable_bytes(s) for s in ("linux", "linux-desktop", "windows"))
+    assert linux > desktop > 0
+    assert linux > windows > 0
+    assert card.vram_bytes > linux
+    assert card.bandwidth_gb_s > 50
+    assert card.half_tflops >= card.fp32_tflops > 1
+    assert card.sms >= 10
+    assert {
+        "hardware", "half_tflops", "usable_linux_mib", "usable_linux_desktop_mib", "usable_windows_mib", "context_mib"
+    } <= set(card.sources)  # fmt: skip
+    assert card.bf16 == (card.capability >= (8, 0))
+
+
+def test_the_cards_that_were_asked_for():
+    wanted = """gtx1650 gtx1650-gddr6 gtx1650-super gtx1660 gtx1660-super gtx1660-ti rtx2060 rtx2060-12gb rtx2070
+    rtx2080-ti 3050-4gb 3050-6gb 3050-8gb 3060 3070 3080 3090 4060 rtx4060-ti-8gb rtx4060-ti-16gb 4070 4080 4090
+    5060 rtx5060-ti-8gb 5070 5070-ti 5080 5090 t4 gtx1650-laptop rtx3050-laptop"""
+    assert len({load_card(name).name for name in wanted.split()}) == len(wanted.split())
+
+
+# -- the plan ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Plan:
+    return plan("tinyllama-1.1b", "gtx1650")
+
+
+def test_a_plan_adds_up(tiny):
+    assert tiny.fits
+    assert sum(tiny.components.values()) == tiny.peak_bytes
+    assert tiny.headroom_bytes == tiny.usable_bytes - tiny.peak_bytes >= tiny.error_bytes
+    assert max(tiny.phases.values()) == tiny.phases[tiny.peak_phase]
+    assert tiny.allocated_bytes >= tiny.phases[tiny.peak_phase]
+    assert tiny.reserved_bytes >= tiny.allocated_bytes
+    assert len(tiny.alternatives) == 2
+    assert not tiny.tight
+
+
+def test_a_plan_survives_json_and_toml(tiny, tmp_path):
+    assert Plan.from_dict(json.loads(json.dumps(tiny.to_dict()))) == tiny
+    path = tmp_path / "plan.toml"
+    tiny.save(path)
+    assert Plan.load(path) == tiny
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.toml"]
+    nothing = plan("phi-2", "1GiB")
+    nothing.save(path)
+    assert Plan.load(path) == nothing
+    assert nothing.needed is not None
+
+
+def test_what_is_pinned_stays():
+    found = plan(
+        "qwen2.5-1.5b",
+        "rtx3060",
+        seq=640,
+        batch=3,
+        precision="nf4",
+        double_quant=True,
+        lora_r=24,
+        targets=["v_proj", "q_proj"],
+        checkpointing=True,
+        chunked_loss=False,
+        attention="efficient",
+        optimizer="lion-8bit",
+        accumulation=5,
+        lora_dropout=0.1,
+    )
+    assert found.config == Configuration(
+        precision="nf4",
+        double_quant=True,
+        max_seq_length=640,
+        batch_size=3,
+        gradient_accumulation=5,
+        lora_r=24,
+        lora_alpha=48,
+        target_modules=("q_proj", "v_proj"),
+        gradient_checkpointing=True,
+        chunked_loss=False,
+        attention="efficient",
+        optimizer="lion-8bit",
+        lora_dropout=0.1,
+    )
+
+
+@pytest.mark.parametrize("model", ["tinyllama-1.1b", "gemma-2b"])
+def test_more_memory_never_gives_less(model):
+    """Length first, then precision, then adapters: a larger budget is at least as good in that order."""
+    rank = {"nf4": 0, "float16": 1}
+    quality = []
+    for budget in ("2GiB", "3GiB", "4GiB", "8GiB"):
+        found = plan(model, budget, alternatives=False)
+        c = found.config
+        if found.fits:
+            quality.append((c.max_seq_length, rank[c.precision], c.lora_r, len(c.target_modules)))
+        else:
+            quality.append((0, 0, 0, 0))
+    assert quality == sorted(quality)
+    assert quality[-1][:2] == (1024, 1)
+
+
+def test_what_fits_is_found_fitting_again():
+    """Pinning every choice of a plan, and asking again, changes nothing."""
+    first = plan("gemma-2b", "gtx1650", os="windows", alternatives=False)
+    c = first.config
+    again = plan(
+        "gemma-2b", "gtx1650", os="windows", alternatives=False, seq=c.max_seq_length, batch=c.batch_size,
+        accumulation=c.gradient_accumulation, precision=c.precision, double_quant=c.double_quant, lora_r=c.lora_r,
+        targets=c.target_modules, checkpointing=c.gradient_checkpointing, chunked_loss=c.chunked_loss,
+        attention=c.attention, optimizer=c.optimizer,
+    )  # fmt: skip
+    assert again.fits
+    assert again.config == c
+    assert again.peak_bytes == first.peak_bytes
+
+
+def test_nothing_fits_names_the_one_change():
+    found = plan("qwen2.5-3b", "gtx1650", precision="float16", seq=1024)
+    assert not found.fits
+    assert found.headroom_bytes < 0
+    assert found.needed is not None
+    assert found.needed.change == "--precision nf4"
+    assert plan("qwen2.5-3b", "gtx1650", precision="nf4", seq=1024).fits
+    hopeless = plan("phi-2", "1GiB")
+    assert hopeless.needed is not None
+    assert hopeless.needed.change.startswith("a card with")
+
+
+def test_what_was_given_up_is_said():
+    found = plan("gemma-2b", "gtx1650")
+    assert found.config.precision == "nf4"
+    assert any(line.startswith("float16 base weights -> nf4") for line in found.gave_up)
+
+
+def test_kernels_follow_the_compute_capability():
+    turing, ampere = plan("tinyllama-1.1b", "rtx2070"), plan("tinyllama-1.1b", "rtx3070")
+    assert (turing.config.precision, turing.config.attention) == ("float16", "efficient")
+    assert (ampere.config.precision, ampere.config.attention) == ("bfloat16", "flash")
+    assert plan("gemma-2-2b", "rtx3090").config.attention == "eager"
+    on_cpu = plan("smollm2-135m", Card.cpu("4GiB"))
+    assert (on_cpu.config.precision, on_cpu.config.attention) == ("float32", "sdpa-cpu")
+    assert "context" not in on_cpu.components
+
+
+def test_full_fine_tuning_where_it_fits():
+    found = plan("smollm2-135m", "rtx3060", method="full")
+    assert found.fits
+    assert found.config.method == "full"
+    assert found.trainable_parameters == found.parameters
+    lora = plan("tinyllama-1.1b", "gtx1650", method="full")
+    assert not lora.fits
+    assert "LoRA" in lora.needed.change
+
+
+def test_the_closed_form_of_the_loss():
+    """W + 12 n_lora + act + (4h + 4) T + 12 V T with the output kept, W with the gradients' place taken by none."""
+    shape = load_model("tinyllama-1.1b")
+    step = Step(
+        shape, 2, 512, targets=shape.family.names, chunked_loss=False, autocast=False, upcast_outputs=False,
+        keep_outputs=True, cublas_workspace=0,
+    )  # fmt: skip
+    tokens, h, v = 1024, shape.hidden_size, shape.vocab_size
+    adapters = step.lora_parameters()
+    expected = 2 * shape.parameters + 12 * adapters + shape.num_hidden_layers * 2 * h * tokens
+    expected += (4 * h + 4) * tokens + (12 + 2) * v * tokens
+    found = footprint(step)
+    assert found.peak_phase == "backward:head"
+    assert found.peak_allocated == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        ({"seq": 1024}, 1),
+        ({"batch": 2}, 1),
+        ({"checkpointing": False}, 1),
+        ({"chunked_loss": False}, 1),
+        ({"lora_r": 16}, 1),
+        ({"accumulation": 2}, 1),
+        ({"optimizer": "lion-8bit"}, -1),
+        ({"precision": "nf4"}, -1),
+        ({"attention": "eager"}, 1),
+        ({"targets": ("q_proj", "v_proj")}, -1),
+    ],
+)
+def test_each_setting_moves_memory_the_way_it_should(change, sign):
+    shape = load_model("tinyllama-1.1b")
+    step = Step(shape, 1, 512, targets=shape.family.names)
+    before, after = footprint(step).peak_allocated, footprint(replace(step, **change)).peak_allocated
+    assert (after - before) * sign > 0
+
+
+def test_step_time_is_a_roofline():
+    shape, card = load_model("tinyllama-1.1b"), load_card("gtx1650")
+    step = Step(shape, 1, 512, targets=shape.family.names)
+    work = flops(step)
+    linears = shape.num_hidden_layers * sum(x.weight for x in shape.linears())
+    assert work["forward"] == pytest.approx(2 * linears * 512, rel=0.05)
+    plain = replace(step, checkpointing=False)
+    assert flops(plain)["recompute"] == 0
+    assert step_seconds(step, card) > step_seconds(plain, card) > 0
+    assert step_seconds(replace(step, accumulation=4), card) > 3.5 * step_seconds(step, card)
+    assert step_seconds(step, Card.budget("4GiB")) == 0
+
+
+def test_text(tiny):
+    text = render(tiny)
+    assert "fits" in text
+    assert "headroom" in text
+    for option in tiny.alternatives:
+        assert option.change in text
+    assert finetune_command(tiny) in text
+    assert "--plan plan.toml" in render(tiny, "plan.toml")
+    missing = render(plan("phi-2", "1GiB"))
+    assert "does not fit" in missing
+    assert "what would do it" in missing
+
+
+# -- input that makes no sense ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("4GiB", 4 * GiB),
+        ("4g", 4 * GiB),
+        ("4096 MiB", 4 * GiB),
+        ("4GB", 4 * 10**9),
+        (str(GiB), GiB),
+        ("0.5GiB", GiB // 2),
+    ],
+)
+def test_amounts(text, amount):
+    assert parse_bytes(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "4", "-4GiB", "4XB", "GiB", "1e12GiB", "0GiB", "9999TiB", "100MiB"])
+def test_absurd_budgets(text):
+    with pytest.raises(UserError):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("tinylama-1.1b", "tinyllama-1.1b"),
+        ("qwen2.5-15b", "qwen2.5-1.5b"),
+        ("gema2b", "gemma-2b"),
+        ("zzz", "known: "),
+    ],
+)
+def test_unknown_model(model, said):
+    with pytest.raises(UserError, match="unknown model") as error:
+        load_model(model)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"), [("gtx165", "gtx1650"), ("rtx4061", "rtx4060"), ("rtx 3o60", "rtx3060")]
+)
+def test_unknown_card(card, said):
+    with pytest.raises(UserError, match="unknown GPU") as error:
+        load_card(card)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"model_type": None}, "model_type None"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive whole number"),
+        ({"num_key_value_heads": 5}, "cannot share"),
+        ({"quantization_config": {"bits": 4}}, "quantised already"),
+    ],
+)
+def test_configs_that_do_not_serve(change, said):
+    with pytest.raises(UserError, match=said):
+        shape_from_config({**LLAMA, **change})
+
+
+def test_a_config_as_dict_file_and_folder(tmp_path):
+    expected = load_model("tinyllama-1.1b")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for given in (LLAMA, tmp_path, tmp_path / "config.json", str(tmp_path)):
+        shape = load_model(given)
+        assert (shape.parameters, shape.layer_parameters) == (expected.parameters, expected.layer_parameters)
+    with pytest.raises(UserError, match="no config.json"):
+        load_model(tmp_path.parent)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="not a JSON file"):
+        load_model(tmp_path / "bad.json")
+
+
+def test_own_profiles(tmp_path):
+    card = tmp_path / "mine.toml"
+    card.write_text(
+        'capability = "8.6"\nvram_mib = 4096\nusable_linux_mib = 3800\nusable_linux_desktop_mib = 3500\n'
+        "usable_windows_mib = 3200\n"
+    )
+    assert load_card(card).usable_bytes("windows") == 3200 * 2**20
+    assert plan("smollm2-135m", card, alternatives=False).fits
+    card.write_text('capability = "8.6"\nvram_mib = 4096\n')
+    with pytest.raises(UserError, match="usable_linux_mib"):
+        load_card(card)
+    card.write_text("capability = \n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_card(card)
+    model = tmp_path / "mine-model.toml"
+    model.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in LLAMA.items()))
+    assert load_model(model).parameters == load_model("tinyllama-1.1b").parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"seq": 4096}, "beyond"),
+        ({"seq": -1}, "seq must be between"),
+        ({"seq": 0}, "seq must be between"),
+        ({"seq": 1}, "at least 2"),
+        ({"seq": 2.5}, "whole number"),
+        ({"batch": 0}, "batch must be between"),
+        ({"accumulation": -2}, "accumulation must be between"),
+        ({"lora_r": 0}, "lora_r must be between"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"precision": "bf16"}, "no bfloat16"),
+        ({"attention": "flash"}, "does not run"),
+        ({"attention": "ring"}, "unknown attention"),
+        ({"optimizer": "adam"}, "unknown optimizer"),
+        ({"targets": "q_proj,nope"}, "unknown LoRA targets nope"),
+        ({"targets": []}, "unknown LoRA targets"),
+        ({"lora_dropout": 1.5}, "lora_dropout"),
+        ({"method": "prefix"}, "unknown method"),
+        ({"method": "full", "precision": "nf4"}, "cannot learn"),
+        ({"method": "full", "precision": "float16"}, "GradScaler"),
+        ({"os": "macos"}, "unknown operating system"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_settings_that_make_no_sense(settings, said):
+    with pytest.raises(UserError, match=said):
+        plan("tinyllama-1.1b", "gtx1650", **settings)
+
+
+def test_gemma_2_needs_eager_attention():
+    with pytest.raises(UserError, match="only eager"):
+        plan("gemma-2-2b", "t4", attention="efficient")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "model = 3\n", "[config]\n", 'model = "a"\ncard = "b"\n[config]\nx = 1\n']
+)
+def test_plans_that_are_none(text, tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        Plan.load(path)
+
+
+def test_a_missing_plan(tmp_path):
+    with pytest.raises(UserError, match="no such plan"):
+        Plan.load(tmp_path / "none.toml")
+    with pytest.raises(UserError, match="does not exist"):
+        plan("smollm2-135m", "t4", alternatives=False).save(tmp_path / "no" / "plan.toml")
+
+
+def test_four_models_of_the_white_paper_on_a_gtx_1650():
+    """The README's table: each of the four trains at 1,024 tokens on headless Linux and on Windows."""
+    for (model, precision), system in itertools.product(
+        [("tinyllama-1.1b", "float16"), ("gemma-2b", "nf4"), ("phi-2", "nf4")], ["linux", "windows"]
+    ):
+        found = plan(model, "gtx1650", seq=1024, precision=precision, os=system, alternatives=False)
+        assert found.fits, (model, system)
+    assert plan("qwen2.5-1.5b", "gtx1650", seq=1024, precision="float16", alternatives=False).fits
+    assert not plan("qwen2.5-1.5b", "gtx1650", seq=1024, precision="float16", os="windows").fits

@@ -1,0 +1,167 @@
+"""The closed form against a trace of the real step: transformers, peft, bitsandbytes and TRL on `meta`.
+
+12 configurations by default, all 88 with `-m slow`. Both are peaks of whole models, extrapolated from few layers.
+"""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cruxy_triton.planner import load_model
+from cruxy_triton.planner.footprint import Step, footprint, walk
+from cruxy_triton.planner.replay import replay
+
+torch = pytest.importorskip("torch")
+for package in ("transformers", "peft", "trl", "bitsandbytes"):
+    pytest.importorskip(package)
+
+from cruxy_triton.planner import trace  # noqa: E402
+
+NO_AUTOCAST = {"autocast": False, "upcast_outputs": False}
+STOCK = {"chunked_loss": False}
+OPEN = {"checkpointing": False}
+
+
+def case(model: str, batch: int, seq: int, precision: str = "float16", **settings: Any) -> Any:
+    shape = load_model(model)
+    settings.setdefault("targets", shape.family.names)
+    settings.setdefault("attention", "efficient" if shape.family.sdpa else "eager")
+    label = " ".join(f"{k}={v}" for k, v in settings.items() if k != "targets")
+    step = Step(shape, batch, seq, precision, **settings)
+    return pytest.param(step, id=f"{model} {batch}x{seq} {precision} {label}")
+
+
+QUICK = [
+    case("tinyllama-1.1b", 1, 512, **STOCK),
+    case("tinyllama-1.1b", 2, 512, attention="math", **OPEN),
+    case("tinyllama-1.1b", 1, 1024, "bfloat16", attention="flash", accumulation=8),
+    case("tinyllama-1.1b", 1, 512, lora_dropout=0.05, **OPEN),
+    case("qwen2.5-1.5b", 1, 1024, "nf4", accumulation=8),
+    case("qwen2.5-3b", 1, 2048, "nf4", lora_r=4, targets=("q_proj", "v_proj"), optimizer="lion-8bit"),
+    case("qwen3-0.6b", 2, 512, "nf4", double_quant=False, **OPEN),
+    case("gemma-2b", 1, 1024, "nf4", keep_outputs=True, **STOCK, **NO_AUTOCAST),
+    case("gemma-2-2b", 1, 512),
+    case("phi-2", 1, 1024, "nf4"),
+    case("smollm2-135m", 1, 512, "float32", **NO_AUTOCAST),
+    case("llama-3.2-1b", 2, 256, attention="eager", kbit_prepared=True, **NO_AUTOCAST),
+]
+
+MODELS = (
+    "tinyllama-1.1b",
+    "qwen2.5-1.5b",
+    "qwen3-0.6b",
+    "gemma-2b",
+    "gemma-2-2b",
+    "phi-2",
+    "smollm2-135m",
+    "llama-3.2-1b",
+)
+SWEEP = [
+    case(model, batch, seq, precision, lora_r=rank, **settings)
+    for model, (batch, seq, precision, rank, settings) in itertools.product(
+        MODELS,
+        (
+            (1, 1024, "float16", 8, {}),
+            (1, 1024, "nf4", 16, {"accumulation": 8}),
+            (2, 512, "float16", 32, {**STOCK, **NO_AUTOCAST}),
+            (1, 512, "nf4", 8, {**OPEN, **NO_AUTOCAST}),
+            (1, 512, "nf4", 8, {**STOCK, "double_quant": False}),
+            (2, 512, "nf4", 8, {**OPEN, "attention": "eager"}),
+            (4, 256, "float16", 4, {"attention": "eager", "optimizer": "lion-8bit"}),
+            (1, 256, "bfloat16", 64, {**OPEN, "lora_dropout": 0.1}),
+            (1, 128, "float32", 8, {**STOCK, **NO_AUTOCAST}),
+        ),
+    )
+] + [
+    case("tinyllama-1.1b", 1, 1024, attention="math"),
+    case("qwen3-0.6b", 2, 512, "bfloat16", attention="flash", **OPEN),
+    case("qwen2.5-0.5b", 4, 256, "bfloat16", attention="flash", **STOCK),
+    case("llama-3.2-3b", 8, 256, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
+]
+
+
+def check(step: Step) -> None:
+    closed = footprint(step)
+    traced = trace.trace_peaks(step)
+    steps = {name: peak for name, peak in traced.items() if name != "load"}
+    highest = max(peak for name, peak in closed.phases.items() if name != "load")
+    assert highest == pytest.approx(max(steps.values()), rel=0.002)
+    for name in ("forward", "loss"):
+        assert closed.phases[name] == pytest.approx(steps[name], rel=0.02), name
+    back = max(peak for name, peak in closed.phases.items() if name.startswith("backward"))
+    assert back == pytest.approx(steps["backward"], rel=0.005)
+
+
+@pytest.mark.parametrize("step", QUICK)
+def test_closed_form_agrees_with_the_trace(step):
+    check(step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", SWEEP)
+def test_closed_form_agrees_with_the_trace_sweep(step):
+    check(step)
+
+
+def test_the_sweep_is_wide_enough():
+    steps = [item.values[0] for item in (*QUICK, *SWEEP)]
+    assert len(set(steps)) >= 60
+    phases = {footprint(step).peak_phase.partition(":")[0] for step in steps}
+    assert phases >= {"loss", "backward"}
+    assert {s.attention for s in steps} >= {"efficient", "flash", "math", "eager"}
+
+
+def test_reserved_agrees_with_the_trace():
+    """The replay of the walk's stream and of the trace's: the order of allocations is the same."""
+    shape = load_model("smollm2-135m")
+    step = Step(shape, 2, 512, targets=shape.family.names)
+    traced = trace.verify(step)
+    walked = replay(walk(step, record=True).events or [])
+    assert walked.allocated == pytest.approx(traced["allocated_bytes"], rel=0.002)
+    assert walked.reserved == pytest.approx(traced["reserved_bytes"], rel=0.01)
+    assert traced["allocated_bytes"] <= traced["smallest_pool_bytes"] <= traced["reserved_bytes"]
+
+
+def test_fewer_layers_extrapolate_exactly():
+    shape = load_model("smollm2-135m").with_layers(9)
+    step = Step(shape, 1, 256, targets=shape.family.names)
+    whole = trace.trace(step).phases
+    assert trace.trace_peaks(step) == pytest.approx(whole, rel=1e-4)
+    ledger = walk(step)
+    assert max(footprint(step).phases.values()) == pytest.approx(max(ledger.phases.values()), rel=1e-4)
+
+
+def test_full_fine_tuning_agrees_within_its_error_bar():
+    step = Step(load_model("smollm2-360m"), 1, 512, "bfloat16", lora_r=0, **OPEN)
+    steps = {k: v for k, v in trace.trace_peaks(step).items() if k != "load"}
+    assert footprint(step).peak_allocated == pytest.approx(max(steps.values()), rel=0.01)
+
+
+def test_the_traced_tiled_loss_is_trls():
+    """The trace calls TRL's kernel without the trainer: loss and gradient must be those of the trainer's head."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    shape = replace(load_model("smollm2-135m"), num_hidden_layers=2, vocab_size=300)
+    torch.manual_seed(0)
+    model = trace.build(
+        Step(shape, 1, 16, "float32", targets=shape.family.names, **NO_AUTOCAST), device="cpu"
+    )
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, 300, (2, 16))
+    ours = trace._tiled_loss(model, ids, ids.clone())
+    theirs = model(input_ids=ids, labels=ids.clone(), fused_lm_head=True)
+    torch.testing.assert_close(ours["loss"], theirs.loss)
+    torch.testing.assert_close(ours["log_probs"], theirs.log_probs)
+
+
+def test_workspaces_by_hand():
+    """B=2, H=4, S=128, D=64: memory-efficient attention's backward takes B*H*S*(64 + 1)*4 bytes."""
+    func = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    q = torch.empty((2, 4, 128, 64), device="meta", dtype=torch.float16)
+    assert trace.workspace_bytes(func, (q, q, q, q), None) == 2 * 4 * 128 * 65 * 4
+    softmax = torch.ops.aten._softmax_backward_data.default
+    grad = torch.empty((3, 5), device="meta", dtype=torch.float32)
+    assert trace.workspace_bytes(softmax, (grad,), None) == 60
+    assert trace.workspace_bytes(torch.ops.aten.mm.default, (grad,), None) == 0
