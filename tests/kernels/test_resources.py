@@ -106,7 +106,7 @@ def test_every_architecture():
 
 
 SYNCS = re.compile(
-    r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|synchronize\(|nonzero\(|masked_select|\.is_nonzero|\bbool\(|\bfloat\((?!\"|gamma)"
+    r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|synchronize\(|nonzero\(|masked_select|\.is_nonzero|(?<!\.)\bbool\(|(?<!\.)\bfloat\((?!\"|gamma)"
 )
 STEP_FILES = ("tables", "launch", "telemetry", "control", "lion", "adamw", "storage", "rounding", "codec")
 
