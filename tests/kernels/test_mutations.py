@@ -117,7 +117,7 @@ def run(folder: Path, package: Path, *command: str, interpret: bool) -> subproce
 def survives(tmp_path: Path, file: str, old: str, new: str, tests: list[str]) -> bool:
     package = mutate(tmp_path, file, old, new)
     result = run(
-        tmp_path, package, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow",
+        tmp_path, package, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow",
         "--rootdir", str(DEVICE.parents[2]), "-c", str(DEVICE.parents[2] / "pyproject.toml"),
         *[str(DEVICE / test) for test in tests], interpret=not torch.cuda.is_available(),
     )  # fmt: skip

@@ -20,7 +20,7 @@ def test_in_interpreter(file: Path, request: pytest.FixtureRequest) -> None:
     root = Path(__file__).parents[2]
     marks = request.config.getoption("-m")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", str(marks), "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", str(marks), "-n", "0", "-p", "no:cacheprovider", str(file)],
         cwd=root,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -11,6 +11,9 @@ import pytest
 
 from cruxy_kernels.launch import MAX_REGISTERS
 
+# One worker for all of them: they share what the command printed.
+pytestmark = pytest.mark.xdist_group("resources")
+
 
 def kernels(*words, **environment):
     return subprocess.run(
@@ -103,7 +106,7 @@ def test_every_architecture():
 
 
 SYNCS = re.compile(
-    r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|synchronize\(|nonzero\(|masked_select|\.is_nonzero|\bbool\(|\bfloat\((?!\"|gamma)"
+    r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|synchronize\(|nonzero\(|masked_select|\.is_nonzero|(?<!\.)\bbool\(|(?<!\.)\bfloat\((?!\"|gamma)"
 )
 STEP_FILES = ("tables", "launch", "telemetry", "control", "lion", "adamw", "storage", "rounding", "codec")
 
