@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "cruxy", "cruxy-lion"])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=demo.STEPS)
     parser.add_argument("--schedule", default="linear")
     parser.add_argument("--output", type=Path, default=Path("learning_rates.json"))
     args = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> int:
                         seed=seed,
                         lr_schedule=args.schedule,
                         max_steps=args.steps,
-                        max_seq_length=128,
+                        max_seq_length=demo.LENGTH,
                         sample_tokens=0,
                         save_steps=10**6,
                     )

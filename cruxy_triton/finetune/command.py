@@ -157,10 +157,17 @@ def _obeying(path: str, given: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **given}
 
 
-def _complete(given: dict[str, Any], demo: bool) -> dict[str, Any]:
-    if demo:
-        given = {"output": "runs/demo", "max_seq_length": 128, "batch_size": 8, "max_steps": 200, **given}
-        return {"model": "", "data": "", **given}
+def _complete(given: dict[str, Any], is_demo: bool) -> dict[str, Any]:
+    if is_demo:
+        from cruxy_triton.finetune import demo
+
+        defaults = {
+            "output": "runs/demo",
+            "max_seq_length": demo.LENGTH,
+            "max_steps": demo.STEPS,
+            "lr": demo.LEARNING_RATES[given.get("optimizer", "cruxy")],
+        }
+        return {**defaults, "model": "", "data": "", **given}
     for name, flag in (("model", "MODEL"), ("data", "--data FILE")):
         if name not in given:
             raise UserError(f"{flag} is missing; `cruxy-triton finetune --demo` runs without any")

@@ -138,9 +138,7 @@ class Card:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError(
-                "--gpu auto: no CUDA device here; name a card (--gpu gtx1650) or a budget (--vram 4GiB)"
-            )
+            raise UserError("--gpu auto: no CUDA device here; name a card (--gpu gtx1650) or a budget (--vram 4GiB)")
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
         capability = (properties.major, properties.minor)
@@ -171,23 +169,14 @@ def card_from_profile(data: Mapping[str, Any], name: str) -> Card:
     """A `Card` from a parsed profile file. Raises UserError for a missing or impossible field."""
     missing = [key for key in _REQUIRED if key not in data]
     if missing:
-        raise UserError(
-            f"GPU profile {name}: {', '.join(missing)} missing; see profiles/gpus/gtx1650-gddr5.toml"
-        )
+        raise UserError(f"GPU profile {name}: {', '.join(missing)} missing; see profiles/gpus/gtx1650-gddr5.toml")
     match = re.fullmatch(r"(\d+)\.(\d+)", str(data["capability"]))
     if match is None:
         raise UserError(f'GPU profile {name}: capability must look like "7.5", not {data["capability"]!r}')
-    numbers = {
-        key: data.get(key, 0) for key in (*_REQUIRED, "sms", "bandwidth_gb_s", "fp32_tflops", "half_tflops")
-    }
+    numbers = {key: data.get(key, 0) for key in (*_REQUIRED, "sms", "bandwidth_gb_s", "fp32_tflops", "half_tflops")}
     del numbers["capability"]
     for key, value in numbers.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < 0
-        ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise UserError(f"GPU profile {name}: {key} must be a number of at least 0, not {value!r}")
     return Card(
         name=str(data.get("name", name)),

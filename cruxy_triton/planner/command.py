@@ -39,32 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model to plan for")
     card = parser.add_mutually_exclusive_group()
-    card.add_argument(
-        "--gpu", metavar="NAME", help="a card of profiles/gpus, a .toml file, or auto (default: auto)"
-    )
+    card.add_argument("--gpu", metavar="NAME", help="a card of profiles/gpus, a .toml file, or auto (default: auto)")
     card.add_argument("--vram", metavar="SIZE", help="a plain budget for the process, for example 4GiB")
     card.add_argument("--cpu", metavar="SIZE", help="train on the CPU in so much RAM, float32")
-    parser.add_argument(
-        "--list", action="store_true", help="list the models and cards that are known by name"
-    )
-    parser.add_argument(
-        "--os", choices=SYSTEMS, help="decides how much of the card is usable (default: linux)"
-    )
-    parser.add_argument(
-        "--capability", metavar="X.Y", help="compute capability of a --vram budget (default: 7.5)"
-    )
+    parser.add_argument("--list", action="store_true", help="list the models and cards that are known by name")
+    parser.add_argument("--os", choices=SYSTEMS, help="decides how much of the card is usable (default: linux)")
+    parser.add_argument("--capability", metavar="X.Y", help="compute capability of a --vram budget (default: 7.5)")
     parser.add_argument("--seq", type=int, metavar="N", help="tokens a sequence")
     parser.add_argument("--batch", type=int, metavar="N", help="sequences a forward pass")
     parser.add_argument("--accumulation", type=int, metavar="N", help="forward passes an optimizer step")
     parser.add_argument("--precision", metavar="P", help="float16, bfloat16, float32 or nf4")
     _switch(parser, "--double-quant", "quantise the 4-bit scales too")
-    parser.add_argument(
-        "--method", default="lora", choices=("lora", "full"), help="what learns (default: lora)"
-    )
+    parser.add_argument("--method", default="lora", choices=("lora", "full"), help="what learns (default: lora)")
     parser.add_argument("--lora-r", type=int, metavar="R", help="rank of the adapters")
-    parser.add_argument(
-        "--lora-dropout", type=float, default=0.0, metavar="P", help="dropout before the adapters"
-    )
+    parser.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="dropout before the adapters")
     parser.add_argument("--targets", metavar="A,B", help="layers with adapters, or all")
     _switch(parser, "--checkpointing", "recompute activations in the backward pass")
     _switch(parser, "--chunked-loss", "TRL's tiled head; without it transformers' stock loss")
@@ -72,9 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="optimizer state codec")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--save", metavar="FILE", help="write the plan as TOML for cruxy-triton finetune")
-    parser.add_argument(
-        "--verify", action="store_true", help="trace the real training step too (imports torch)"
-    )
+    parser.add_argument("--verify", action="store_true", help="trace the real training step too (imports torch)")
 
 
 def _card(args: argparse.Namespace) -> Card:
@@ -108,9 +94,7 @@ def run(args: argparse.Namespace) -> int:
         print("cards:  " + ", ".join(card_names()))
         return 0
     if args.model is None:
-        raise UserError(
-            "which model? For example: cruxy-triton plan tinyllama-1.1b --gpu gtx1650 (--list names them)"
-        )
+        raise UserError("which model? For example: cruxy-triton plan tinyllama-1.1b --gpu gtx1650 (--list names them)")
     shape = load_model(args.model)
     card = _card(args)
     found = plan(

@@ -65,9 +65,7 @@ class Step:
     upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
     keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
     warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
-    kbit_prepared: bool = (
-        False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
-    )
+    kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantised weights in fp32
 
     @property
     def tokens(self) -> int:
@@ -85,9 +83,7 @@ class Step:
 
     def lora_parameters(self) -> int:
         """Trainable elements of all adapters."""
-        per_layer = sum(
-            self.lora_r * (x.rows + x.cols) for x in self.shape.linears() if x.name in self.targets
-        )
+        per_layer = sum(self.lora_r * (x.rows + x.cols) for x in self.shape.linears() if x.name in self.targets)
         return per_layer * self.shape.num_hidden_layers
 
     def trainable_parameters(self) -> int:
@@ -244,9 +240,7 @@ class _Run:
         weights = None
         if step.attention == "eager":
             capped = shape.attn_logit_softcapping is not None
-            out, weights = ops.eager_attention(
-                ld, q, k, v, self.heads, step.half, capped, step.device == "cuda"
-            )
+            out, weights = ops.eager_attention(ld, q, k, v, self.heads, step.half, capped, step.device == "cuda")
         else:
             out = self._sdpa(q, k, v)
         return self._apply(layer, names[3], out), weights

@@ -157,9 +157,10 @@ class Parameter(Tensor):
 class Node:
     """One recorded operation: where its gradients go, what it saved, how it computes them."""
 
-    __slots__ = ("component", "edges", "fn", "saved", "scope", "seq")
+    __slots__ = ("component", "edges", "expected", "fn", "saved", "scope", "seq")
 
-    def __init__(self, ledger: Ledger, fn: Callable, edges: list, saved: list):
+    def __init__(self, ledger: Ledger, fn: Callable, edges: list, saved: list, expected: list | None):
+        self.expected = expected  # (elements, bytes each) of every gradient, where the engine has to make it so
         self.seq = ledger.sequence
         self.scope = ledger.scope  # where in the model: "layer0" ... "head"
         self.component = ledger.component  # its gradients are booked where its output was
@@ -243,9 +244,18 @@ def checkpoint(ledger: Ledger, fn: Callable[[Tensor], Tensor], x: Tensor) -> Ten
 
 
 def record(
-    ledger: Ledger, out: Tensor, inputs: tuple[Tensor | None, ...], fn: Callable | None, saved: list
+    ledger: Ledger,
+    out: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    fn: Callable | None,
+    saved: list,
+    expected: list[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Attach a node to `out`; `fn(g, *saved)` returns one gradient (or None) per input. Returns `out`."""
+    """Attach a node to `out`; `fn(g, *saved)` returns one gradient (or None) per input. Returns `out`.
+
+    Gradients of another size or dtype than `expected` are summed and cast by the engine afterwards, as torch's
+    `validate_outputs` does: the output's gradient lives through that, recomputed saved tensors do not.
+    """
     ledger.sequence += 1
     edges = []
     for x in inputs:
@@ -253,7 +263,7 @@ def record(
             edges.append(None)
         else:
             edges.append(x if isinstance(x, Parameter) else x.node)
-    out.node = Node(ledger, fn or (lambda g: (g,) * len(edges)), edges, saved)
+    out.node = Node(ledger, fn or (lambda g: (g,) * len(edges)), edges, saved, expected)
     return out
 
 
@@ -280,10 +290,16 @@ def backward(ledger: Ledger, root: Tensor) -> None:
             ledger.enter(f"backward:{scope}")
         saved = [_unpack(ledger, held) for held in node.saved]
         ledger.component = node.component
-        grads = node.fn(buffers.pop(node), *saved)
+        g = buffers.pop(node)
+        grads = list(node.fn(g, *saved))
         del saved
+        for i, size in enumerate(node.expected or ()):
+            grad = grads[i]
+            if grad is not None and (grad.n, grad.b) != size:
+                grads[i] = ledger.new(*size)
+            del grad
+        del g
         node.saved = []
-        grads = list(grads)
         for i, edge in enumerate(node.edges):
             grad, grads[i] = grads[i], None
             if edge is None or grad is None:

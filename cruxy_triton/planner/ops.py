@@ -43,16 +43,8 @@ def unary(ld: Ledger, x: Tensor, keeps: str = "") -> Tensor:
 def add(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
     out = ld.new(max(x.n, y.n), max(x.b, y.b))
     if x.requires_grad or y.requires_grad:
-        bytes_of = (x.b, y.b)
-        wants = (x.requires_grad, y.requires_grad)
-
-        def back(g: Tensor):
-            return tuple(
-                None if not want else g if g.b == b else ld.new(g.n, b)
-                for b, want in zip(bytes_of, wants, strict=True)
-            )
-
-        record(ld, out, (x, y), back, [])
+        n = out.n
+        record(ld, out, (x, y), None, [], [(n, x.b), (n, y.b)])
     return out
 
 
@@ -65,17 +57,12 @@ def multiply(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
         held.append(save(ld, y))
     out = ld.new(max(x.n, y.n), max(x.b, y.b))
     if held:
-        shapes = ((x.n, x.b), (y.n, y.b))
         wants = (x.requires_grad, y.requires_grad)
 
         def back(g: Tensor, *saved):
-            full = [ld.new(g.n, g.b) if want else None for want in wants]
-            return tuple(
-                f if f is None or (f.n, f.b) == shape else ld.new(*shape)
-                for f, shape in zip(full, shapes, strict=True)
-            )
+            return [ld.new(g.n, g.b) if want else None for want in wants]
 
-        record(ld, out, (x, y), back, held)
+        record(ld, out, (x, y), back, held, [(x.n, x.b), (y.n, y.b)])
     return out
 
 
@@ -360,20 +347,14 @@ def fused_attention(ld: Ledger, q: Tensor, k: Tensor, v: Tensor, h: Heads, kind:
         grads = tuple(ld.new(n, bytes_each) for n in sizes)
         space = ld.buffer(workspace, "workspaces") if workspace else None
         # flash writes dk and dv per query head and sums over each group afterwards
-        wide = (
-            [ld.new(sizes[1] * h.groups, bytes_each) for _ in range(2)]
-            if kind == "flash" and h.groups > 1
-            else None
-        )
+        wide = [ld.new(sizes[1] * h.groups, bytes_each) for _ in range(2)] if kind == "flash" and h.groups > 1 else None
         del space, wide
         return grads
 
     return record(ld, out, (q, k, v), back, held)
 
 
-def matmul4(
-    ld: Ledger, x: Tensor, y: Tensor, n_out: int, copies: tuple[bool, bool] = (False, False)
-) -> Tensor:
+def matmul4(ld: Ledger, x: Tensor, y: Tensor, n_out: int, copies: tuple[bool, bool] = (False, False)) -> Tensor:
     """torch.matmul of two [B, H, ., .] tensors: bmm, after a copy of each operand that cannot be viewed so."""
     if copies[0]:
         x = copy(ld, x)
@@ -452,10 +433,12 @@ def concatenate(ld: Ledger, x: Tensor, y: Tensor) -> Tensor:
 def gelu_new(ld: Ledger, x: Tensor, half: int) -> Tensor:
     """transformers' NewGELUActivation: 0.5 x (1 + tanh(c (x + 0.044715 x^3))), operation by operation."""
     left = unary(ld, x)
-    cube = _power_three(ld, x, half)
-    inner = unary(ld, add(ld, x, unary(ld, cube)))
+    cube = unary(ld, _power_three(ld, x, half))
+    inner = add(ld, x, cube)
     del cube
-    right = unary_through(ld, unary(ld, inner, keeps="output"))
+    inner = unary(ld, inner)
+    inner = unary(ld, inner, keeps="output")  # tanh
+    right = unary_through(ld, inner)
     del inner
     return multiply(ld, left, right)
 

@@ -179,17 +179,13 @@ def _count(value: int | None, name: str, most: int) -> int | None:
 def _wish(shape: ModelShape, card: Card, given: Mapping[str, Any]) -> _Wish:
     seq = _count(given["seq"], "seq", 10**7)
     if seq is not None and seq > shape.max_position_embeddings:
-        raise UserError(
-            f"seq {seq} is beyond {shape.name}'s maximum of {shape.max_position_embeddings} positions"
-        )
+        raise UserError(f"seq {seq} is beyond {shape.name}'s maximum of {shape.max_position_embeddings} positions")
     if seq == 1:
         raise UserError("seq must be at least 2: a token and the one to predict from it")
     precision = given["precision"]
     if precision is not None:
         if str(precision).lower() not in _PRECISIONS:
-            raise UserError(
-                f"unknown precision {precision!r}; expected {', '.join(sorted(set(_PRECISIONS.values())))}"
-            )
+            raise UserError(f"unknown precision {precision!r}; expected {', '.join(sorted(set(_PRECISIONS.values())))}")
         precision = _PRECISIONS[str(precision).lower()]
         if precision == "bfloat16" and card.device == "cuda" and not card.bf16:
             raise UserError(
@@ -217,9 +213,7 @@ def _wish(shape: ModelShape, card: Card, given: Mapping[str, Any]) -> _Wish:
         targets = tuple(dict.fromkeys(t.strip() for t in targets))
         wrong = [t for t in targets if t not in names]
         if wrong or not targets:
-            raise UserError(
-                f"unknown LoRA targets {', '.join(wrong) or '(none)'}; {shape.name} has {', '.join(names)}"
-            )
+            raise UserError(f"unknown LoRA targets {', '.join(wrong) or '(none)'}; {shape.name} has {', '.join(names)}")
         targets = tuple(n for n in names if n in targets)
     method = given["method"]
     if method not in ("lora", "full"):
@@ -264,9 +258,7 @@ def _precisions(card: Card, wish: _Wish) -> list[tuple[str, bool]]:
     """(precision, double quantisation), best first."""
     doubles = [wish.double_quant] if wish.double_quant is not None else [False, True]
     if wish.precision is not None:
-        return (
-            [(wish.precision, d) for d in doubles] if wish.precision == "nf4" else [(wish.precision, False)]
-        )
+        return [(wish.precision, d) for d in doubles] if wish.precision == "nf4" else [(wish.precision, False)]
     if card.device == "cpu":
         return [("float32", False)]
     if wish.method == "full":
@@ -398,16 +390,12 @@ def _traded(judge: _Judge, wish: _Wish, config: Configuration) -> tuple[str, ...
 
     def needs(other: Configuration) -> str:
         need = judge.footprint(other).peak_allocated + judge.error(other)
-        return (
-            f"{_gib(need + judge.card.context_bytes)} needed with its error bar, {_gib(judge.usable)} usable"
-        )
+        return f"{_gib(need + judge.card.context_bytes)} needed with its error bar, {_gib(judge.usable)} usable"
 
     lines = []
     best_seq, best_precision = _lengths(shape, wish)[0], _precisions(card, wish)[0][0]
     best_adapter = _adapters(shape, wish)[0]
-    frugal = replace(
-        config, batch_size=wish.batch or 1, gradient_checkpointing=wish.checkpointing is not False
-    )
+    frugal = replace(config, batch_size=wish.batch or 1, gradient_checkpointing=wish.checkpointing is not False)
     if config.max_seq_length < best_seq:
         lines.append(
             f"sequence length {best_seq} -> {config.max_seq_length}: {needs(replace(frugal, max_seq_length=best_seq))}"
@@ -419,15 +407,11 @@ def _traded(judge: _Judge, wish: _Wish, config: Configuration) -> tuple[str, ...
         lines.append(f"single -> double quantisation: {needs(replace(frugal, double_quant=False))}")
     if config.method == "lora" and (config.lora_r, config.target_modules) != best_adapter:
         other = replace(frugal, lora_r=best_adapter[0], target_modules=best_adapter[1])
-        lines.append(
-            f"{describe_adapters(shape, other)} -> {describe_adapters(shape, config)}: {needs(other)}"
-        )
+        lines.append(f"{describe_adapters(shape, other)} -> {describe_adapters(shape, config)}: {needs(other)}")
     if config.gradient_checkpointing and wish.checkpointing is None:
         other = replace(config, gradient_checkpointing=False, batch_size=wish.batch or 1)
         if not judge.surely_fits(other):
-            lines.append(
-                f"speed (about a third of the step): gradient checkpointing is on; without it {needs(other)}"
-            )
+            lines.append(f"speed (about a third of the step): gradient checkpointing is on; without it {needs(other)}")
     if config.optimizer != SEARCHED_OPTIMIZERS[0] and wish.optimizer is None:
         other = replace(frugal, optimizer=SEARCHED_OPTIMIZERS[0])
         lines.append(f"optimizer {SEARCHED_OPTIMIZERS[0]} -> {config.optimizer}: {needs(other)}")
@@ -456,9 +440,7 @@ def _alternatives(judge: _Judge, wish: _Wish, config: Configuration) -> tuple[Op
         found.append(("4-bit base weights: less memory, a slower step", other))
     longest = _longest(judge, frugal)
     if longest > config.max_seq_length and longest != frugal.max_seq_length:
-        found.append(
-            (f"sequence length {longest}, the longest that fits", replace(frugal, max_seq_length=longest))
-        )
+        found.append((f"sequence length {longest}, the longest that fits", replace(frugal, max_seq_length=longest)))
     if config.gradient_checkpointing and wish.checkpointing is None:
         for seq in (n for n in LENGTHS if n < config.max_seq_length):
             other = replace(frugal, gradient_checkpointing=False, max_seq_length=seq)
@@ -506,9 +488,7 @@ def _needed(judge: _Judge, wish: _Wish, nearest: Configuration) -> Option:
         lora = replace(nearest, method="lora", lora_r=8, lora_alpha=16, target_modules=names)
         precision = "bfloat16" if judge.card.bf16 else "float16"
         changes.append(("LoRA instead of full fine-tuning", replace(lora, precision=precision)))
-        changes.append(
-            ("QLoRA instead of full fine-tuning", replace(lora, precision="nf4", double_quant=True))
-        )
+        changes.append(("QLoRA instead of full fine-tuning", replace(lora, precision="nf4", double_quant=True)))
     if wish.seq is not None:
         for seq in (n for n in (4096, 3072, 2048, 1536, *LENGTHS, 64) if n < wish.seq):
             changes.append((f"--seq {seq}", replace(nearest, max_seq_length=seq)))
@@ -520,9 +500,7 @@ def _needed(judge: _Judge, wish: _Wish, nearest: Configuration) -> Option:
     text = f"a card with {_gib(want)} usable"
     if judge.card.device == "cuda":
         cards = [load_card(name) for name in card_names()]
-        large = sorted(
-            (c for c in cards if c.usable_bytes() >= want), key=lambda c: (c.usable_bytes(), c.name)
-        )
+        large = sorted((c for c in cards if c.usable_bytes() >= want), key=lambda c: (c.usable_bytes(), c.name))
         if large:
             text += f", for example {large[0].name}"
     return Option(text, nearest, total)
@@ -573,6 +551,8 @@ def plan(
         config = _speeds(shape, device, wish, nearest)[-1]
     found = judge.footprint(config)
     allocated, reserved, pool = judge.memory(config)
+    if fits:  # the bisection stops some MiB short of what the search has seen survive
+        pool = min(pool, judge.usable - device.context_bytes)
     components = dict(found.components)
     if device.context_bytes:
         components["context"] = device.context_bytes
@@ -584,7 +564,7 @@ def plan(
         hf_id=shape.hf_id,
         card=device.name,
         os="any" if "any" in device.usable else os or "linux",
-        fits=fits and peak <= judge.usable,
+        fits=fits,
         config=config,
         components=components,
         phases=found.phases,
@@ -607,9 +587,7 @@ def plan(
 def _notes(shape: ModelShape, card: Card, system: str | None, config: Configuration) -> tuple[str, ...]:
     notes = [card.note] if card.note else []
     if system == "windows":
-        notes.append(
-            "Windows does not fail when VRAM runs out: it pages silently, at about an eighth of the speed"
-        )
+        notes.append("Windows does not fail when VRAM runs out: it pages silently, at about an eighth of the speed")
     if config.attention == "efficient" and shape.num_key_value_heads < shape.num_attention_heads:
         notes.append(
             "attention runs on K and V expanded to all heads: before sm_80 transformers' own grouped call lands on "

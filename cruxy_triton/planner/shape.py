@@ -286,9 +286,7 @@ def _unknown(what: str, text: str, names: list[str]) -> str:
     by_simple = {_simple(name): name for name in names}
     close = difflib.get_close_matches(_simple(text), by_simple, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(by_simple[c] for c in close)}" if close else f"known: {', '.join(names)}"
-    extra = (
-        " A Hugging Face id (owner/name), a folder or a config.json serve as well." if what == "model" else ""
-    )
+    extra = " A Hugging Face id (owner/name), a folder or a config.json serve as well." if what == "model" else ""
     return f"unknown {what} {text!r}; {hint}.{extra}"
 
 

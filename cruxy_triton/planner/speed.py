@@ -56,7 +56,5 @@ def step_seconds(step: Step, card: Card) -> float:
     bandwidth = 1e9 * card.bandwidth_gb_s
     work, moved = flops(step), traffic(step)
     body = sum(v for k, v in work.items() if k != "head")
-    micro = max(body / rate, moved["weights"] / bandwidth) + max(
-        work["head"] / rate, moved["head"] / bandwidth
-    )
+    micro = max(body / rate, moved["weights"] / bandwidth) + max(work["head"] / rate, moved["head"] / bandwidth)
     return step.accumulation * micro + moved["optimizer"] / bandwidth

@@ -219,8 +219,10 @@ def _config(shape: ModelShape, attention: str):
 
 def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> None:
     """Replace every linear layer but the head by bitsandbytes' Linear4bit with an NF4 weight on meta."""
-    import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import modules
+
+    bnb: Any = modules  # its annotations know less than its constructors take
 
     def empty(size: int | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -247,10 +249,10 @@ def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> Non
                 dtype=torch.float32,
             )
             state.nested = True
-        layer = bnb.nn.Linear4bit(
+        layer = bnb.Linear4bit(
             cols, rows, bias=module.bias is not None, compute_dtype=compute, quant_type="nf4", device="meta"
         )
-        layer.weight = bnb.nn.Params4bit(
+        layer.weight = bnb.Params4bit(
             empty(((rows * cols + 1) // 2, 1), dtype=torch.uint8),
             requires_grad=False,
             quant_state=state,
@@ -265,7 +267,7 @@ def _quantise(model: torch.nn.Module, double: bool, compute: torch.dtype) -> Non
         setattr(parent, name.rpartition(".")[2], layer)
 
 
-def build(step: Step, device: str = "meta") -> torch.nn.Module:
+def build(step: Step, device: str = "meta") -> Any:
     """The model as `cruxy-triton finetune` has it before its first step, of `step.shape`'s layers, on `device`."""
     from transformers import AutoModelForCausalLM
 
@@ -327,9 +329,7 @@ def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _sdpa(kind: str) -> Callable[..., torch.Tensor]:
     """F.scaled_dot_product_attention as `kind` on CUDA."""
 
-    def attention(
-        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if kind == "math":
             return aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
@@ -388,9 +388,7 @@ class _Autocast:
         def wide(x: Any) -> Any:
             return x.float() if isinstance(x, torch.Tensor) and x.dtype == self.dtype else x
 
-        return lambda *args, **kwargs: function(
-            *(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()}
-        )
+        return lambda *args, **kwargs: function(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
 
 
 def _patches(step: Step, autocast: _Autocast | None) -> list[Any]:
@@ -455,9 +453,7 @@ def _masks(step: Step) -> Iterator[None]:
     """transformers cannot look into a mask on meta; give the models what they would have made of a full one."""
     import importlib
 
-    module = importlib.import_module(
-        f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}"
-    )
+    module = importlib.import_module(f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}")
 
     def make(config=None, inputs_embeds=None, **_: Any) -> torch.Tensor | None:
         assert inputs_embeds is not None
@@ -476,10 +472,10 @@ def _masks(step: Step) -> Iterator[None]:
 # -- the run -----------------------------------------------------------------------------------------
 
 
-def _phase_hooks(model: torch.nn.Module, recorder: Recorder) -> None:
+def _phase_hooks(model: Any, recorder: Recorder) -> None:
     """Tell the recorder when the loss begins; everything before is the forward pass."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.base_model.register_forward_hook(lambda *_: recorder.enter("loss"))  # type: ignore[union-attr]
+    base.base_model.register_forward_hook(lambda *_: recorder.enter("loss"))
 
 
 def trace(step: Step, steps: int = 2) -> Traced:
@@ -524,15 +520,11 @@ def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
-def _run(
-    step: Step, model: Any, recorder: Recorder, trained: list, autocast: _Autocast | None, steps: int
-) -> None:
+def _run(step: Step, model: Any, recorder: Recorder, trained: list, autocast: _Autocast | None, steps: int) -> None:
     state: list[torch.Tensor] = []
     workspaces = 0
     for index in range(steps):
-        ids, mask, labels = (
-            torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3)
-        )
+        ids, mask, labels = (torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3))
         recorder.enter("forward")
         if workspaces == 0 and step.cublas_workspace:
             workspaces = 1
@@ -561,14 +553,12 @@ def _run(
             state = [_bytes(p.numel() * n) for p in trained for n in sizes]
         held = [_bytes(p.numel() * transient) for p in trained if transient]
         del held
-        if (
-            step.accumulation == 1 or index == steps - 1
-        ):  # as footprint.walk: the last finds gradients in place
+        if step.accumulation == 1 or index == steps - 1:  # as footprint.walk: the last finds gradients in place
             for parameter in trained:
                 parameter.grad = None
 
 
-def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """The loss of TRL 1.16's SFTTrainer: its ChunkedLogProbFunction on the backbone's hidden states.
 
     What `add_fused_lm_head` and `compute_loss` do around it, without importing the trainer (10 s). All labels
@@ -594,6 +584,7 @@ def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str
         ("log_probs", "entropy", "is_top1"),
     )
     del hidden
+    log_probs: Any
     log_probs, entropy, _, _, is_top1 = (
         None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token
     )

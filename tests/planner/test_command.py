@@ -37,9 +37,7 @@ def test_bad_input(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words", [["phi-2", "--seq", "many"], ["phi-2", "--os", "beos"], ["phi-2", "--vram"]]
-)
+@pytest.mark.parametrize("words", [["phi-2", "--seq", "many"], ["phi-2", "--os", "beos"], ["phi-2", "--vram"]])
 def test_bad_options(words):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", *words])
@@ -75,9 +73,7 @@ sys.exit(code)
 def test_answers_without_torch_and_quickly():
     """Under 1.5 s with Python's start where the machine is idle; the bound here allows for a busy one."""
     begun = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
     taken = time.perf_counter() - begun
     assert result.returncode == 0, result.stderr
     assert "headroom" in result.stdout

@@ -69,9 +69,7 @@ def measured_peak(step: Step) -> int:
     if step.chunked_loss:
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     trained = [p for p in model.parameters() if p.requires_grad]
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*model.parameters(), *model.buffers())
-    }
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     lasting = sum(s.nbytes() for s in storages.values())
     lasting += sum(int(p.numel() * OPTIMIZERS[step.optimizer][0]) for p in trained)
     tokens = torch.randint(0, step.shape.vocab_size, (step.batch, step.seq))

@@ -75,9 +75,7 @@ def test_peak_allocated_float16_to_the_megabyte(predicted):
 
 
 def test_peak_reserved_sdpa(predicted):
-    errors = [
-        off(reserved, row["peak_reserved_mib"]) for row, _, reserved in predicted if row["attn"] == "sdpa"
-    ]
+    errors = [off(reserved, row["peak_reserved_mib"]) for row, _, reserved in predicted if row["attn"] == "sdpa"]
     assert len(errors) == 9
     assert sum(errors) / len(errors) <= 0.01  # asked for: 3 %; reached: 0.66 %
     assert max(errors) <= 0.02  # asked for: 6 %; reached: 1.6 %

@@ -145,9 +145,7 @@ def test_the_traced_tiled_loss_is_trls():
 
     shape = replace(load_model("smollm2-135m"), num_hidden_layers=2, vocab_size=300)
     torch.manual_seed(0)
-    model = trace.build(
-        Step(shape, 1, 16, "float32", targets=shape.family.names, **NO_AUTOCAST), device="cpu"
-    )
+    model = trace.build(Step(shape, 1, 16, "float32", targets=shape.family.names, **NO_AUTOCAST), device="cpu")
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     ids = torch.randint(0, 300, (2, 16))
     ours = trace._tiled_loss(model, ids, ids.clone())
