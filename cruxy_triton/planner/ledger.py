@@ -159,8 +159,10 @@ class Node:
 
     __slots__ = ("component", "edges", "expected", "fn", "saved", "scope", "seq")
 
-    def __init__(self, ledger: Ledger, fn: Callable, edges: list, saved: list, expected: list | None):
-        self.expected = expected  # (elements, bytes each) of every gradient, where the engine has to make it so
+    def __init__(self, ledger: Ledger, fn: Callable, edges: list, saved: list, expected: list[tuple[int, int]] | None):
+        self.expected: list[tuple[int, int]] = (
+            expected or []
+        )  # (elements, bytes each) of every gradient, where the engine has to make it so
         self.seq = ledger.sequence
         self.scope = ledger.scope  # where in the model: "layer0" ... "head"
         self.component = ledger.component  # its gradients are booked where its output was
@@ -291,9 +293,9 @@ def backward(ledger: Ledger, root: Tensor) -> None:
         saved = [_unpack(ledger, held) for held in node.saved]
         ledger.component = node.component
         g = buffers.pop(node)
-        grads = list(node.fn(g, *saved))
+        grads: list[Tensor | None] = list(node.fn(g, *saved))
         del saved
-        for i, size in enumerate(node.expected or ()):
+        for i, size in enumerate(node.expected):
             grad = grads[i]
             if grad is not None and (grad.n, grad.b) != size:
                 grads[i] = ledger.new(*size)

@@ -115,7 +115,7 @@ class CachingAllocator:
         self.reserved += amount
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         # A new segment lies below the older ones. Which of two free blocks of one size is taken depends on it;
-        # with this order the replay reproduces what a T4 reserved, with the other it misses by a whole block.
+        # this order was chosen because it reproduces a T4's eager runs; with the other, two miss by a whole block.
         self._bottom -= amount
         return _Block(self._bottom, amount, small)
 

@@ -43,7 +43,7 @@ LLAMA = {
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        # as their model cards and safetensors indices state them
+        # what the profiles come to: guards against an edit by mistake, not a check of the profiles' figures
         ("tinyllama-1.1b", 1_100_048_384),
         ("qwen2.5-0.5b", 494_032_768),
         ("qwen2.5-1.5b", 1_543_714_304),

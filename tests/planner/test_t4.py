@@ -1,6 +1,8 @@
 """The planner against 16 runs that fitcheck measured on a real Tesla T4 (profiles/measured/t4_fitcheck.json).
 
-Nothing in the planner is fitted to them: the setup is the file's own `setup` field.
+No constant is fitted to them, but they are not held out: four rules were chosen or corrected while looking at them
+(memory-efficient attention on the SDPA rows, the order of segment addresses, torch AdamW's temporaries, the order of
+loading), and so were the widths of the error bars. The setup is the file's own `setup` field.
 """
 
 import json
@@ -77,7 +79,7 @@ def test_peak_allocated_float16_to_the_megabyte(predicted):
 def test_peak_reserved_sdpa(predicted):
     errors = [off(reserved, row["peak_reserved_mib"]) for row, _, reserved in predicted if row["attn"] == "sdpa"]
     assert len(errors) == 9
-    assert sum(errors) / len(errors) <= 0.01  # asked for: 3 %; reached: 0.66 %
+    assert sum(errors) / len(errors) <= 0.01  # asked for: 3 %; reached: 0.62 %
     assert max(errors) <= 0.02  # asked for: 6 %; reached: 1.6 %
 
 
