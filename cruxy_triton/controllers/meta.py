@@ -44,9 +44,7 @@ def slow_loop(control: Tensor, *, bounded: bool = True) -> None:
     if bounded:
         beta2 = beta2.clamp(L.META_BETA2_MIN, L.META_BETA2_MAX)
 
-    lr_out, beta2_out = phase_modulation(
-        slot[L.LR], scale, beta2, slot[L.PHASE], slot[L.LR_MIN], slot[L.LR_MAX]
-    )
+    lr_out, beta2_out = phase_modulation(slot[L.LR], scale, beta2, slot[L.PHASE], slot[L.LR_MIN], slot[L.LR_MAX])
     correction1, correction2_sqrt = bias_corrections(slot[L.BETA1_OUT], beta2_out, slot[L.AGE])
     for index, value in (
         (L.LR_SCALE, scale),

@@ -31,9 +31,7 @@ class Piece:
     codes, scales: the same for the 8-bit momentum, where there is one.
     """
 
-    def __init__(
-        self, indices: list[int], shapes: list[torch.Size], sizes: list[int], start: int, sliced: bool
-    ):
+    def __init__(self, indices: list[int], shapes: list[torch.Size], sizes: list[int], start: int, sliced: bool):
         self.indices, self.shapes, self.sizes, self.start, self.sliced = indices, shapes, sizes, start, sliced
         self.numel = sum(sizes)
         self.padded = self.numel > sum(math.prod(shape) for shape in shapes)

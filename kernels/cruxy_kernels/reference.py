@@ -182,16 +182,12 @@ def control_step(
     v_fast = torch.lerp(sigma, v_fast, L.ALPHA_FAST)  # alpha v + (1 - alpha) sigma
     v_slow = torch.lerp(sigma, v_slow, L.ALPHA_SLOW)
     k, weights = _history_weights(control.device)
-    fast_history = torch.cat(
-        (v_fast[:, None], control[:, L.FAST_HISTORY : L.FAST_HISTORY + L.FAST_HISTORY_LEN - 1]), 1
-    )
+    fast_history = torch.cat((v_fast[:, None], control[:, L.FAST_HISTORY : L.FAST_HISTORY + L.FAST_HISTORY_LEN - 1]), 1)
     if not v1:  # history correction
         weights = weights * (k < step[:, None])
         h = (weights * fast_history).sum(1) / weights.sum(1)
         v_fast = v_fast + L.HISTORY_GAIN * (h - v_fast)
-    meta_history = torch.cat(
-        (v_fast[:, None], control[:, L.META_HISTORY : L.META_HISTORY + L.META_HISTORY_LEN - 1]), 1
-    )
+    meta_history = torch.cat((v_fast[:, None], control[:, L.META_HISTORY : L.META_HISTORY + L.META_HISTORY_LEN - 1]), 1)
 
     # Curvature (eq 4, 5)
     curvature, prev_loss, loss_seen = slot[L.CURVATURE], slot[L.PREV_LOSS], torch.zeros_like(step)
@@ -216,9 +212,7 @@ def control_step(
         beta2_out = beta2_out.clamp(L.V2_BETA2_MIN, L.V2_BETA2_MAX)
         threshold = torch.full_like(step, math.inf)
     else:
-        beta1_out = slot[L.BETA1] * (
-            1 + L.BETA1_GAIN * torch.tanh((curvature - L.BETA1_CENTER) / L.BETA1_WIDTH)
-        )
+        beta1_out = slot[L.BETA1] * (1 + L.BETA1_GAIN * torch.tanh((curvature - L.BETA1_CENTER) / L.BETA1_WIDTH))
         beta1_out = beta1_out.clamp(L.V2_BETA1_MIN, L.V2_BETA1_MAX)
         threshold = L.CLIP_BASE * (1 + L.CLIP_GAIN * (v_fast / (v_slow + L.EPS_RATIO)).sqrt())
         ratio = (v_fast / (1 - L.ALPHA_FAST**step)) / (v_slow / (1 - L.ALPHA_SLOW**step) + L.EPS_RATIO)
@@ -238,16 +232,12 @@ def control_step(
             scale = scale * torch.where(phase < L.V2_PHASE_LOW, recovery, 1.0)
             emergency = alarm & guard & (slot[L.SCALE_MAX] < math.inf) & (cooldown <= 0)
             scale = torch.where(emergency, L.EMERGENCY_SCALE * scale, scale)
-            beta2_out = torch.where(
-                emergency, (beta2_out + L.EMERGENCY_BETA2).clamp(max=L.V2_BETA2_MAX), beta2_out
-            )
+            beta2_out = torch.where(emergency, (beta2_out + L.EMERGENCY_BETA2).clamp(max=L.V2_BETA2_MAX), beta2_out)
             cooldown = torch.where(emergency, slot[L.META_INTERVAL], (cooldown - 1).clamp(min=0))
             scale = scale.clamp(slot[L.SCALE_MIN], slot[L.SCALE_MAX])
             lr_out = slot[L.LR] * scale
         else:
-            lr_out, beta2_out = phase_modulation(
-                slot[L.LR], scale, meta_beta2, phase, slot[L.LR_MIN], slot[L.LR_MAX]
-            )
+            lr_out, beta2_out = phase_modulation(slot[L.LR], scale, meta_beta2, phase, slot[L.LR_MIN], slot[L.LR_MAX])
     clip = (threshold / (norm + L.CLIP_EPS)).clamp(max=1.0)
     correction1, correction2_sqrt = bias_corrections(beta1_out, beta2_out, age)
 
