@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cruxy_kernels.codec_reference import SHARPNESS
 from cruxy_triton.errors import UserError
 
 
@@ -83,7 +84,7 @@ def candidates() -> list[Candidate]:
             found.append(Candidate("power 2/3", block, scale, **power(2 / 3)))
             for k in (1, 2, 3, 4, 5, 6, 8):
                 found.append(Candidate(f"softsign k={k}", block, scale, **softsign(k)))
-    found.append(Candidate("softsign k=5", 64, "bf16 up", **softsign(5)))
+    found.append(Candidate(f"softsign k={SHARPNESS}", 64, "bf16 up", **softsign(SHARPNESS)))
     found.append(Candidate("softsign k=1 (FlashOptim)", 32, "fp16", **softsign(1)))
     levels = bitsandbytes_map()
     if levels is not None:

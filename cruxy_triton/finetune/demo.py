@@ -37,9 +37,9 @@ MINIMUM_QUESTIONS = 400
 # much (nats a token). A run with learning rate 0 changes nothing at all.
 REQUIRED_GAIN = 0.5
 
-# The best of six rates by median over three seeds (examples/learning_rates.py). A model this small wants far larger
-# ones than the defaults.
-LEARNING_RATES = {"adamw": 1e-2, "cruxy": 1e-2, "cruxy-lion": 3e-3}
+# The best of eight or nine rates by median over three seeds (profiles/measured/learning_rates_demo.json). A model
+# this small wants far larger ones than the defaults.
+LEARNING_RATES = {"adamw": 7e-3, "cruxy": 2e-2, "cruxy-lion": 5e-3}
 STEPS = 200
 LENGTH = 128
 

@@ -1,12 +1,12 @@
 """The 8-bit momentum codec in plain PyTorch: the oracle of codec.py, and the path where Triton does not run.
 
 A block of 64 consecutive values shares one scale `s`, its largest magnitude rounded to bfloat16; each value
-keeps an int8 code `q`. With k = 5
+keeps an int8 code `q`. With k = 3
 
     encode   q = sign(m) · ⌊127 · (1+k)|m| / (s + k|m|) + ½⌋          (at most 127)
     decode   m = s · q / (127 (1+k) - k|q|)
 
-a softsign: 6 times finer than linear codes near 0, where a sign of Lion's update is decided, and 1/6 as fine
+a softsign: 4 times finer than linear codes near 0, where a sign of Lion's update is decided, and 1/4 as fine
 at s. Chosen by counting sign flips on recorded LoRA gradients (`cruxy-triton bench codec`); FlashOptim's
 softsign has k=1. 1 + 2/64 = 1.03125 bytes a value. bfloat16 scales keep fp32's range, so that tiny gradients live.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # values a scale
-SHARPNESS = 5  # k
+SHARPNESS = 3  # k, as in native.cpp
 LEVELS = 127  # codes on each side of 0
 
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t CHUNK = 16384;
 constexpr int64_t BLOCK = 64;  // codec_reference.py
 constexpr int LANES = 64;
-constexpr float K = 5.0f, LEVELS = 127.0f;
+constexpr float K = 3.0f, LEVELS = 127.0f;  // SHARPNESS, LEVELS there
 
 struct Row {
     int64_t param, grad, exp_avg, scales, exp_avg_sq, numel, group, index;
