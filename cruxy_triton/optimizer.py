@@ -405,6 +405,7 @@ class CruxyOptimizer(Optimizer):
         return values
 
     def _read(self, wait: bool) -> list[list[float]]:
+        # Off the step path: only metrics() reads values to the host, and without `wait` from a copy that has arrived.
         control = self._control
         if not control.is_cuda:
             return control.tolist()
@@ -429,7 +430,7 @@ class CruxyOptimizer(Optimizer):
         # Counted on the device: a replayed CUDA graph takes steps that the host does not see.
         calls = int(self._control[0, L.STEP] + self._control[0, L.SKIPPED])
         count = min(calls - self._log_start, size)
-        rows = self._log.tolist()
+        rows = self._log.tolist()  # waits for the device; whoever plots a history can
         return [_named(rows[call % size]) for call in range(calls - count, calls)]
 
     # -- checkpoints ------------------------------------------------------------------

@@ -130,7 +130,7 @@ class TableCache:
             self._maps[key] = (
                 to_device(block_tensor.to(torch.int32), device),
                 to_device(block_chunk.to(torch.int32), device),
-                first.tolist(),
+                first.tolist(),  # made on the host above: nothing to wait for
             )
             self.maps_built += 1
             if len(self._maps) > CACHED_TABLES:
