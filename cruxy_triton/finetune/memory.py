@@ -9,8 +9,8 @@ import torch
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.planner import Card, Plan, plan
-from cruxy_triton.planner.footprint import FINETUNE_OPTIMIZERS
-from cruxy_triton.planner.shape import FAMILIES
+from cruxy_triton.planner.families import FAMILIES
+from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 
 MIB = 1 << 20
 DEFAULT_LENGTH = 1024  # tokens, where neither the recipe nor shorter data says otherwise

@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.card import SYSTEMS, Card, card_names, load_card, parse_bytes
-from cruxy_triton.planner.footprint import OPTIMIZERS
+from cruxy_triton.planner.lookup import model_names
+from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.plan import Plan
 from cruxy_triton.planner.render import render
 from cruxy_triton.planner.search import ATTENTIONS, plan, step_of
-from cruxy_triton.planner.shape import load_model, model_names
+from cruxy_triton.planner.shape import load_model
 
 DESCRIPTION = """\
 Says whether a LoRA or full fine-tuning run of MODEL fits a card, and what to set. What is given on the command

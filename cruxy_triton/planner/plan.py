@@ -13,7 +13,7 @@ from typing import Any
 
 from cruxy_triton import files
 from cruxy_triton.errors import UserError
-from cruxy_triton.planner.shape import read_toml
+from cruxy_triton.planner.lookup import read_toml
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 
 from cruxy_triton.planner.card import GiB, MiB
-from cruxy_triton.planner.footprint import FINETUNE_OPTIMIZERS
+from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Plan
 
 _BAR = 40  # characters for the usable memory
 _ORDER = (
     "weights",
-    "quantisation",
+    "quantization",
     "adapters",
     "gradients",
     "optimizer state",
@@ -23,7 +23,7 @@ _ORDER = (
 )
 _MEANING = {
     "weights": "base weights",
-    "quantisation": "4-bit scales",
+    "quantization": "4-bit scales",
     "adapters": "LoRA, float32",
     "activations": "kept and passing activations",
     "logits and loss": "head and cross-entropy",

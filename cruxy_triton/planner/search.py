@@ -14,11 +14,14 @@ from typing import Any
 
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.card import Card, GiB, MiB, card_names, load_card
-from cruxy_triton.planner.footprint import OPTIMIZERS, Footprint, Step, footprint, walk
+from cruxy_triton.planner.footprint import Footprint, footprint
+from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.replay import OutOfMemory, replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape, load_model
 from cruxy_triton.planner.speed import step_seconds
+from cruxy_triton.planner.step import Step
+from cruxy_triton.planner.walk import walk
 
 LENGTHS = (1024, 768, 512, 384, 256, 128)  # tried in this order where no sequence length is asked for
 EFFECTIVE_BATCH = 8  # sequences an optimizer step, where neither batch nor accumulation is asked for
