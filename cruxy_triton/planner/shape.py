@@ -87,16 +87,18 @@ class ModelShape:
         sizes += [(i, h, mlp)] * (2 if f.gated else 1) + [(h, i, mlp)]
         return tuple(Linear(name, *size) for name, size in zip(f.names, sizes, strict=True))
 
-    def norms(self) -> tuple[int, ...]:
-        """Elements of each norm weight (and bias) of one block."""
-        f, h = self.family, self.hidden_size
-        if f.norm == "layer":
-            return (h, h) if f.parallel else (h, h, h, h)
-        return (h,) * (4 if f.sandwich else 2) + (self.head_dim,) * (2 if f.qk_norm else 0)
+    def norms(self) -> dict[str, int]:
+        """The norms' tensors of one block, in the order of execution and q's and k's last: key, elements."""
+        f = self.family
+        names = ["input_layernorm", *([] if f.parallel else ["post_attention_layernorm"])]
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if f.sandwich else []
+        parts = ("weight", "bias") if f.norm == "layer" else ("weight",)
+        found = {f"{name}.{part}": self.hidden_size for name in names for part in parts}
+        return found | ({f"self_attn.{x}_norm.weight": self.head_dim for x in "qk"} if f.qk_norm else {})
 
     @property
     def layer_parameters(self) -> int:
-        return sum(x.weight + (x.rows if x.bias else 0) for x in self.linears()) + sum(self.norms())
+        return sum(x.weight + (x.rows if x.bias else 0) for x in self.linears()) + sum(self.norms().values())
 
     @property
     def parameters(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -151,9 +150,10 @@ def _trl() -> Iterator[Any]:
     yield mock.patch.object(chunked, "_addmm_fp32", accumulate)
 
 
-def _masks(step: Step) -> Iterator[Any]:
+def _masks(step: Step, model: Any) -> Iterator[Any]:
     """transformers cannot look into a mask on meta; the models get what they would have made of a full one."""
-    module = importlib.import_module(f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    module = sys.modules[type(base).__module__]
 
     def make(config=None, inputs_embeds=None, **_: Any) -> torch.Tensor | None:
         assert inputs_embeds is not None
@@ -162,15 +162,15 @@ def _masks(step: Step) -> Iterator[Any]:
         batch, seq = inputs_embeds.shape[:2]
         return torch.empty((batch, 1, seq, seq), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
 
-    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
-        if hasattr(module, name):
+    for name in vars(module):
+        if name.startswith("create_") and name.endswith("_mask"):
             yield mock.patch.object(module, name, make)
 
 
 @contextmanager
-def stand_ins(step: Step, autocast: Autocast | None) -> Iterator[None]:
+def stand_ins(step: Step, autocast: Autocast | None, model: Any) -> Iterator[None]:
     """Everything of this file in place."""
     with ExitStack() as stack:
-        for patch in (*_torch(step, autocast), *(_trl() if step.chunked_loss else ()), *_masks(step)):
+        for patch in (*_torch(step, autocast), *(_trl() if step.chunked_loss else ()), *_masks(step, model)):
             stack.enter_context(patch)
         yield

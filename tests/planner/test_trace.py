@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cruxy_triton.planner import load_model
-from cruxy_triton.planner.footprint import footprint
+from cruxy_triton.planner.footprint import Footprint, extrapolated, footprint
 from cruxy_triton.planner.replay import replay
 from cruxy_triton.planner.step import Step
 from cruxy_triton.planner.walk import walk
@@ -84,16 +84,19 @@ SWEEP = [
 ]
 
 
+def traced_footprint(step: Step) -> Footprint:
+    return extrapolated(trace.trace, step, 3, 4)
+
+
 def check(step: Step) -> None:
-    closed = footprint(step)
-    traced = trace.trace_peaks(step)
-    steps = {name: peak for name, peak in traced.items() if name != "load"}
-    highest = max(peak for name, peak in closed.phases.items() if name != "load")
-    assert highest == pytest.approx(max(steps.values()), rel=0.002)
+    closed, traced = footprint(step).phases, traced_footprint(step).phases
+    assert closed.keys() == traced.keys()
+    highest = max(peak for name, peak in closed.items() if name != "load")
+    assert highest == pytest.approx(max(peak for name, peak in traced.items() if name != "load"), rel=0.002)
     for name in ("forward", "loss"):
-        assert closed.phases[name] == pytest.approx(steps[name], rel=0.02), name
-    back = max(peak for name, peak in closed.phases.items() if name.startswith("backward"))
-    assert back == pytest.approx(steps["backward"], rel=0.005)
+        assert closed[name] == pytest.approx(traced[name], rel=0.02), name
+    backward = [name for name in closed if name.startswith("backward")]
+    assert max(closed[name] for name in backward) == pytest.approx(max(traced[name] for name in backward), rel=0.005)
 
 
 @pytest.mark.parametrize("step", QUICK)
@@ -129,23 +132,21 @@ def test_reserved_agrees_with_the_trace():
 def test_fewer_layers_extrapolate_exactly():
     shape = load_model("smollm2-135m").with_layers(9)
     step = Step(shape, 1, 256, targets=shape.family.names)
-    whole = trace.trace(step).phases
-    assert trace.trace_peaks(step) == pytest.approx(whole, rel=1e-4)
-    ledger = walk(step)
-    assert max(footprint(step).phases.values()) == pytest.approx(max(ledger.phases.values()), rel=1e-4)
+    for run in (trace.trace, walk):
+        few, whole = extrapolated(run, step, 3, 4), extrapolated(run, step, 8, 9)
+        assert few.phases == pytest.approx(whole.phases, rel=1e-4)
 
 
 def test_full_fine_tuning_agrees_within_its_error_bar():
     step = Step(load_model("smollm2-360m"), 1, 512, "bfloat16", lora_r=0, **OPEN)
-    steps = {k: v for k, v in trace.trace_peaks(step).items() if k != "load"}
-    assert footprint(step).peak_allocated == pytest.approx(max(steps.values()), rel=0.01)
+    assert footprint(step).peak_allocated == pytest.approx(traced_footprint(step).peak_allocated, rel=0.01)
 
 
 def test_the_traced_tiled_loss_is_trls():
     """The trace calls TRL's kernel without the trainer: loss and gradient must be those of the trainer's head."""
     from trl.trainer.utils import add_fused_lm_head
 
-    shape = replace(load_model("smollm2-135m"), num_hidden_layers=2, vocab_size=300)
+    shape = replace(load_model("smollm2-135m"), num_hidden_layers=2, vocab_size=300, config="")
     torch.manual_seed(0)
     model = trace.build(Step(shape, 1, 16, "float32", targets=shape.family.names, **NO_AUTOCAST), device="cpu")
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
