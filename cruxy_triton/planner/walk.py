@@ -15,6 +15,7 @@ from cruxy_triton.planner.ledger import Storage
 from cruxy_triton.planner.loading import Weight, load
 from cruxy_triton.planner.losses import stock_loss, tiled_loss
 from cruxy_triton.planner.optimizers import OPTIMIZERS
+from cruxy_triton.planner.shape import Linear
 from cruxy_triton.planner.step import BYTES, Step
 
 Position = tuple[Tensor, Tensor]  # cos and sin of the rotary embedding
