@@ -26,14 +26,13 @@ from ..laws import layout as L
 from ..laws.control import launch_control, step_law
 from ..laws.telemetry import launch_telemetry
 from ..rules import RULES, Rule
-from ..tables import ALIGNMENT, CHUNK
+from ..tables import ALIGNMENT, CHUNK, ELEMENT_TYPES
 from ..update import LINES, launch_update
 from . import native, pieces
 
 BACKENDS = ("triton", "native", "torch")
 VARIABLE = "CRUXY_BACKEND"
 MIN_CAPABILITY = (7, 0)
-STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # -- which ------------------------------------------------------------------
@@ -97,25 +96,26 @@ def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None
     return None, f"{name} ({arch})"
 
 
-def choose(tensors: Sequence[Tensor], backend: str | None = None, momentum: Sequence[Tensor] = ()) -> str:
-    """The backend for a call on these parameters and gradients.
+def choose(tensors: Sequence[Tensor], backend: str | None = None) -> str:
+    """The backend for a call on these parameters, gradients and states.
 
     Dtypes that no kernel stores (float64) go to PyTorch, as do CPU steps that are too small to compile for.
     """
-    if tensors[0].device.type == "cpu" and _open(backend) and _elements(tensors) < native.MIN_ELEMENTS:
+    is_open = backend is None and not os.environ.get(VARIABLE)
+    if is_open and tensors[0].is_cpu and not native.built() and _elements(tensors) < native.MIN_ELEMENTS:
         return "torch"
     chosen = explain(tensors[0].device, backend)[0]
     if chosen == "native":
-        obstacle = native.obstacle(tensors, momentum)
+        obstacle = native.obstacle(tensors)
         if obstacle is not None:
-            if not _open(backend):
+            if not is_open:
                 raise TypeError(f"backend 'native' cannot serve {obstacle}")
             return "torch"
     if chosen == "triton":
-        strange = {t.dtype for t in tensors} - set(STORAGE_DTYPES)
+        strange = {t.dtype for t in tensors} - set(ELEMENT_TYPES)
         if strange:
             names = ", ".join(sorted(map(str, strange)))
-            if not _open(backend):
+            if not is_open:
                 raise TypeError(f"the Triton kernels take float32, float16 and bfloat16, got {names}")
             _warn_dtype(names)
             return "torch"
@@ -124,14 +124,9 @@ def choose(tensors: Sequence[Tensor], backend: str | None = None, momentum: Sequ
 
 def _choose_small(device: torch.device, backend: str | None) -> str:
     """The backend of what native.cpp does not have: on a CPU nothing needs to be compiled for it."""
-    if device.type == "cpu" and _open(backend):
+    if device.type == "cpu" and backend is None and not os.environ.get(VARIABLE):
         return "torch"
     return explain(device, backend)[0]
-
-
-def _open(backend: str | None) -> bool:
-    """Whether nobody asked for a backend."""
-    return backend is None and not os.environ.get(VARIABLE)
 
 
 def _elements(tensors: Sequence[Tensor]) -> int:
@@ -288,13 +283,12 @@ def update_(
     _check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
     if not params:
         return
-    chosen = choose([*params, *grads], backend, [t for name in chosen_rule.state for t in state[name]])
+    chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend)
     if lr_multipliers is not None:
         lr_multipliers = lr_multipliers.contiguous()
-    if chosen == "triton":
-        launch_update(chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, bits)
-    elif chosen == "native":
-        native.update(chosen_rule, params, grads, state, control, rows, lr_multipliers, bits)
+    if chosen in ("triton", "native"):
+        run = launch_update if chosen == "triton" else native.update
+        run(chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, bits)
     else:
         pieces.update(
             chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, {**chosen_rule.flags, **flags}
