@@ -192,6 +192,7 @@ def control_step(
     law: str = "meta3",
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
+    log: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One step of the per-step law, in place (white paper eq 2-7; docs/laws.md).
@@ -206,6 +207,8 @@ def control_step(
         law: "stability_v1", "stability_v2" or "meta3".
         found_inf, grad_scale: 0-dim or 1-element float32 tensors of torch's GradScaler, same device. Statistics and
             gradients are those that were stored, divided by grad_scale.
+        log: float32 (n, layout.NUM_SLOTS), same device: row 0 after the step is copied to log[(steps - 1) % n], steps
+            counting those that were skipped.
         backend: "triton", "native" or "torch".
 
     Raises:
@@ -219,13 +222,16 @@ def control_step(
             f"telemetry is {telemetry.dtype} of shape {tuple(telemetry.shape)}; expected float32 "
             f"({L.NUM_TELEMETRY},) or (n, {L.NUM_TELEMETRY}), as gradient_telemetry makes it"
         )
-    for name, value in (("telemetry", telemetry), ("loss", loss), ("found_inf", found_inf), ("grad_scale", grad_scale)):
+    if log is not None:
+        _check_control(log, "log")
+    given = {"telemetry": telemetry, "loss": loss, "found_inf": found_inf, "grad_scale": grad_scale, "log": log}
+    for name, value in given.items():
         if value is not None and value.device != control.device:
             raise ValueError(f"{name} is on {value.device} and control on {control.device}; move one to the other")
     scalars = [_scalar(name, value) for name, value in (("loss", loss), ("found_inf", found_inf))]
     scale = _scalar("grad_scale", grad_scale)
     run = launch_control if _choose_small(control.device, backend) == "triton" else step_law
-    run(control, telemetry.contiguous(), scalars[0], law, scalars[1], scale)
+    run(control, telemetry.contiguous(), scalars[0], law, scalars[1], scale, log)
 
 
 def _scalar(name: str, value: Tensor | None) -> Tensor | None:
@@ -280,7 +286,7 @@ def update_(
     chosen_rule = RULES[rule]
     bits = chosen_rule.bits(flags)
     _check_control(control)
-    _check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
+    check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
     if not params:
         return
     chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend)
@@ -415,17 +421,17 @@ def _check_floating(name: str, tensors: Sequence[Tensor]) -> None:
             raise TypeError(f"{name}[{i}] is {t.dtype} ({t.layout}); expected a dense floating-point tensor")
 
 
-def _check_control(control: Tensor) -> None:
+def _check_control(control: Tensor, name: str = "control") -> None:
     if control.dtype != torch.float32 or control.dim() != 2 or control.shape[1] != L.NUM_SLOTS:
         raise ValueError(
-            f"control is {control.dtype} of shape {tuple(control.shape)}; expected float32 "
+            f"{name} is {control.dtype} of shape {tuple(control.shape)}; expected float32 "
             f"(num_rows, {L.NUM_SLOTS}), as new_control makes it"
         )
     if not control.is_contiguous():
-        raise ValueError("control is not contiguous; expected one contiguous float32 tensor")
+        raise ValueError(f"{name} is not contiguous; expected one contiguous float32 tensor")
 
 
-def _check_update(
+def check_update(
     rule: Rule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

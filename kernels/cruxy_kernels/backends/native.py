@@ -16,8 +16,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -134,27 +132,37 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-class _Tables(threading.local):
-    """The last tables made, by addresses; gradients that are made anew each step need a new one."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple, Tensor] = OrderedDict()
-
-    def get(self, columns: Sequence[Sequence[int] | None]) -> Tensor:
-        """int64 (tensors, columns): native.cpp's Rows."""
-        count = len(next(column for column in columns if column is not None))
-        key = tuple([(0,) * count if column is None else tuple(column) for column in columns])
-        table = self._kept.get(key)
-        if table is None:
-            table = self._kept[key] = torch.tensor(key, dtype=torch.int64).T.contiguous()
-            if len(self._kept) > 16:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(key)
-        return table
+# Columns of native.cpp's Row.
+PARAM, GRAD, STATE, SCALE, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, NUMEL, ROW, INDEX, ID = 0, 1, 2, 4, 6, 7, 8, 9, 10, 11, 12
+COLUMNS = 13
 
 
-_tables = _Tables()
+def table_of(
+    params: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]] = (),
+    scales: Sequence[Sequence[Tensor] | None] = (),
+    rows: Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
+) -> Tensor:
+    """int64 (tensors, COLUMNS): native.cpp's Rows of contiguous tensors, valid while they live."""
+    table = torch.zeros((len(grads), COLUMNS), dtype=torch.int64)
+    addresses = {GRAD: grads}
+    if params is not None:
+        addresses[PARAM] = params
+    addresses |= {STATE + i: tensors for i, tensors in enumerate(states)}
+    addresses |= {SCALE + i: tensors for i, tensors in enumerate(scales) if tensors is not None}
+    for column, tensors in addresses.items():
+        table[:, column] = torch.tensor([t.data_ptr() for t in tensors])
+    for column, tensors in ((PARAM_TYPE, params), (GRAD_TYPE, grads), (STATE_TYPE, states[0] if states else None)):
+        if tensors is not None:
+            table[:, column] = torch.tensor([TYPES[t.dtype] for t in tensors])
+    table[:, NUMEL] = torch.tensor([g.numel() for g in grads])
+    table[:, INDEX] = torch.arange(len(grads))
+    table[:, ID] = table[:, INDEX] if ids is None else torch.tensor(ids)
+    if rows is not None:
+        table[:, ROW] = torch.tensor(rows)
+    return table
 
 
 def _loops() -> ctypes.CDLL:
@@ -164,29 +172,27 @@ def _loops() -> ctypes.CDLL:
     return loaded
 
 
-def _addresses(tensors: Sequence[Tensor] | None) -> list[int] | None:
-    return None if tensors is None else [t.data_ptr() for t in tensors]
+def run_telemetry(table: Tensor, gamma: float, per_tensor: bool = False) -> Tensor:
+    """(tensors, 4), or the totals (4,), of a table's gradients."""
+    out = torch.zeros((len(table) if per_tensor else 1, L.NUM_TELEMETRY))
+    _loops().telemetry(table.data_ptr(), len(table), gamma, per_tensor, out.data_ptr(), torch.get_num_threads())
+    return out if per_tensor else out[0]
 
 
-def _types(tensors: Sequence[Tensor]) -> list[int]:
-    return [TYPES[t.dtype] for t in tensors]
+def run_update(rule: Rule, table: Tensor, control: Tensor, lr_multipliers: Tensor | None, flags: int) -> None:
+    """The rule over a table; `flags` is `Rule.bits`."""
+    # native.cpp's Values of each control row.
+    values = control[:, [L.SKIP, L.GRAD_FACTOR, L.LR_OUT, L.WEIGHT_DECAY, L.BETA1_OUT, L.BETA2_OUT, L.EPS,
+                         L.BIAS_CORRECTION1, L.BIAS_CORRECTION2_SQRT, L.STEP, L.SEED]]  # fmt: skip
+    factors = None if lr_multipliers is None else lr_multipliers.data_ptr()
+    threads = torch.get_num_threads()
+    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), factors, flags, threads)
 
 
 def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
     """`dispatch.gradient_telemetry`: (len(grads), 4), or the totals (4,)."""
     grads = [g.contiguous() for g in grads]
-    out = torch.zeros((len(grads) if per_tensor else 1, L.NUM_TELEMETRY))
-    numels = [g.numel() for g in grads]
-    columns = [None, _addresses(grads), None, None, None, None, None, _types(grads), None, numels, None, None, None]
-    table = _tables.get(columns)
-    _loops().telemetry(table.data_ptr(), len(table), gamma, per_tensor, out.data_ptr(), torch.get_num_threads())
-    return out if per_tensor else out[0]
-
-
-def _values(control: Tensor) -> Tensor:
-    """native.cpp's Values for each control row."""
-    return control[:, [L.SKIP, L.GRAD_FACTOR, L.LR_OUT, L.WEIGHT_DECAY, L.BETA1_OUT, L.BETA2_OUT, L.EPS,
-                       L.BIAS_CORRECTION1, L.BIAS_CORRECTION2_SQRT, L.STEP, L.SEED]]  # fmt: skip
+    return run_telemetry(table_of(None, grads), gamma, per_tensor)
 
 
 def update(
@@ -203,23 +209,9 @@ def update(
     """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
     written = {"": params, **state}
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
+    states, scales = [here[name] for name in rule.state], [here.get(name + "_scale") for name in rule.state]
     grads = [g.contiguous() for g in grads]
-    numbers = range(len(params))
-    states = [_addresses(here.get(name)) for name in (*rule.state, "none")[:2]]
-    scales = [_addresses(here.get(name + "_scale")) for name in (*rule.state, "none")[:2]]
-    table = _tables.get(
-        [_addresses(here[""]), _addresses(grads), *states, *scales, _types(params), _types(grads),
-         _types(state[rule.state[0]]), [p.numel() for p in params], rows, numbers, numbers if ids is None else ids]
-    )  # fmt: skip
-    values = _values(control)
-    getattr(_loops(), rule.name)(
-        table.data_ptr(),
-        len(table),
-        values.data_ptr(),
-        None if lr_multipliers is None else lr_multipliers.data_ptr(),
-        flags,
-        torch.get_num_threads(),
-    )
+    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control, lr_multipliers, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):
             if copy is not tensor:
