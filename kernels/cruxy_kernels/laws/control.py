@@ -437,7 +437,7 @@ if HAS_TRITON:
             tl.store(slots + L.BIAS_CORRECTION1, one_minus_power(beta1, age))
             tl.store(slots + L.BIAS_CORRECTION2_SQRT, tl.sqrt(one_minus_power(beta2, age)))
             tl.store(slots + L.LOSS, loss)
-        if HAS_LOG:
+        if HAS_LOG:  # noqa: SIM102 (a constant of the kernel, and a condition in it)
             if tl.program_id(0) == 0:  # write_log
                 tl.debug_barrier()
                 count = tl.load(slots + L.STEP) + tl.load(slots + L.SKIPPED)
