@@ -16,7 +16,7 @@ from .tables import ELEMENT_TYPES, TensorTable, tables
 
 NUM_WARPS = 4
 
-# The most registers a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
+# The most registers that a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
 # more threads than that anyhow, and there the assembler spills a few of AdamW's registers to stay at 64.
 MAX_REGISTERS, MAX_REGISTERS_NEWER = 64, 80
 NEWER = (8, 0)
