@@ -96,8 +96,8 @@ def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None
     return None, f"{name} ({arch})"
 
 
-def choose(tensors: Sequence[Tensor], backend: str | None = None) -> str:
-    """The backend for a call on these parameters, gradients and states.
+def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | None = None) -> str:
+    """The backend for a call on these parameters, gradients and states, with this update rule.
 
     Dtypes that no kernel stores (float64) go to PyTorch, as do CPU steps that are too small to compile for.
     """
@@ -106,7 +106,7 @@ def choose(tensors: Sequence[Tensor], backend: str | None = None) -> str:
         return "torch"
     chosen = explain(tensors[0].device, backend)[0]
     if chosen == "native":
-        obstacle = native.obstacle(tensors)
+        obstacle = native.obstacle(tensors, rule)
         if obstacle is not None:
             if not is_open:
                 raise TypeError(f"backend 'native' cannot serve {obstacle}")
@@ -289,7 +289,7 @@ def update_(
     check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
     if not params:
         return
-    chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend)
+    chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend, rule)
     if lr_multipliers is not None:
         lr_multipliers = lr_multipliers.contiguous()
     if chosen in ("triton", "native"):

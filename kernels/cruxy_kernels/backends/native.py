@@ -123,8 +123,10 @@ def _compile(compiler: str, path: Path) -> None:
             os.unlink(temporary)
 
 
-def obstacle(tensors: Sequence[Tensor]) -> str | None:
+def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
     """Why these parameters, gradients and state buffers cannot be served, or None."""
+    if rule not in (None, *RULES_SERVED):
+        return f"the rule {rule}: native.cpp has {', '.join(RULES_SERVED)}"
     if odd := {t.dtype for t in tensors} - set(TYPES):
         return f"{', '.join(sorted(map(str, odd)))} tensors: it needs float32, float16 or bfloat16"
     if not all([t.is_cpu for t in tensors]):

@@ -46,7 +46,7 @@ class PreparedUpdate:
         self.bits = self.rule.bits(flags)
         check_update(self.rule, params, grads, state, num_rows, rows, ids, None)
         tensors = [*params, *grads, *[t for tensors in state.values() for t in tensors]]
-        served = choose([*params, *grads, *[t for name in self.rule.state for t in state[name]]], backend)
+        served = choose([*params, *grads, *[t for name in self.rule.state for t in state[name]]], backend, rule)
         if not all([t.is_contiguous() for t in tensors]):
             served = "torch"  # the plain calls copy such tensors in and out
         self._batches: list[Batch] = []
