@@ -346,7 +346,7 @@ COUNTED = "file|launch|line|logsumexp|memory|object|process|program|record|row|s
 ARTICLE = (
     "as|is|was|has|this|does|thus|less|its|us|adds|asks|becomes|begins|changes|compares|contains|continues|counts|encodes|"
     "ends|fits|fills|finds|gets|gives|hands|holds|keeps|leaves|makes|meets|moves|needs|opens|profiles|reads|releases|"
-    "removes|replaces|runs|saves|sees|serves|shows|skips|starts|stops|stores|takes|trains|turns|uses|wants|writes"
+    "removes|replaces|runs|saves|sees|serves|shows|skips|starts|stops|stores|takes|trains|turns|uses|wants|windows|writes"
 )
 A_FOR_PER = re.compile(
     rf"\b(?!(?i:{ARTICLE})\b)(?:\w+s|{COUNTED}|one|two|three|int32|[\d.,]*\d) (?:a|an) (?:{UNITS})\b"
