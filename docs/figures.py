@@ -86,7 +86,9 @@ def run() -> None:
     loss.plot(x, [s["loss"] for s in steps], color=BLUE, lw=1, label="training")
     loss.plot([h["step"] for h in held_out], [h["loss"] for h in held_out], "o", color=ORANGE, label="held out")
     for h in held_out:
-        loss.annotate(f"{h['loss']:.2f}", (h["step"], h["loss"]), xytext=(0, 7), textcoords="offset points", ha="center")
+        loss.annotate(
+            f"{h['loss']:.2f}", (h["step"], h["loss"]), xytext=(0, 7), textcoords="offset points", ha="center"
+        )
     loss.set_title("loss, nats per token", loc="left", size=10)
     rate.plot(x, [s["lr"] for s in steps], color=TEXT, lw=1.2, ls=(0, (4, 3)), label="rate asked for")
     rate.plot(x, [s["lr_used"] for s in steps], color=GREEN, lw=1.8, label="rate used")
