@@ -128,7 +128,7 @@ def collect(folder: Path) -> None:
     steps = [{k: _short(row.get(k)) for k in keys} for row in rows if "loss" in row]
     held_out = [{"step": row["step"], "loss": _short(row["eval_loss"])} for row in rows if "eval_loss" in row]
     data = {
-        "what": "One run of `cruxy-triton finetune --demo`: per step the loss, the learning rate asked for and used, the phase",
+        "what": "One run of `cruxy-triton finetune --demo`: loss, rate asked for and used, phase by step",
         "device": record["device"],
         "date": record["started"][:10],
         "versions": record["versions"],
