@@ -8,6 +8,7 @@ memory.svg shows what the planner says now; run.svg what profiles/measured/finet
 
 import argparse
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 from cruxy_triton.planner import plan
 
@@ -35,6 +35,8 @@ PARTS = (
     ("activations, loss, workspaces", ("activations", "logits and loss", "workspaces"), GREEN),
     ("allocator and CUDA context", ("allocator", "context"), PURPLE),
 )
+# Of a run's recipe: what decides its course, and no path of the machine that it ran on.
+SETTINGS = ("optimizer", "mode", "lr", "lr_schedule", "warmup_fraction", "weight_decay", "batch_size", "lora_r", "seed")
 STYLE = {
     "font.size": 10,
     "text.color": TEXT,
@@ -81,34 +83,36 @@ def run() -> None:
     """Loss, learning rate and phase of one run, by step."""
     data = json.loads(RUN.read_text(encoding="utf-8"))
     steps, held_out = data["steps"], data["held_out"]
-    x = [s["step"] for s in steps]
+    x, losses = [s["step"] for s in steps], [s["loss"] for s in steps]
+    means = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     figure, (loss, rate) = pyplot.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained")
-    loss.plot(x, [s["loss"] for s in steps], color=BLUE, lw=1, label="training")
+    loss.plot(x, losses, color=BLUE, lw=0.8, alpha=0.35, label="training, each step")
+    loss.plot(x, means, color=BLUE, lw=1.8, label="training, mean of 10")
     loss.plot([h["step"] for h in held_out], [h["loss"] for h in held_out], "o", color=ORANGE, label="held out")
     for h in held_out:
-        loss.annotate(
-            f"{h['loss']:.2f}", (h["step"], h["loss"]), xytext=(0, 7), textcoords="offset points", ha="center"
-        )
+        loss.annotate(f"{h['loss']:.2f}", (h["step"], h["loss"]), xytext=(8, 0), textcoords="offset points",
+                      va="center", color=ORANGE, weight="bold")  # fmt: skip
+    loss.set_xlim(-0.03 * x[-1], 1.13 * x[-1])
+    loss.legend(frameon=False, loc="lower left", fontsize=8)
     loss.set_title("loss, nats per token", loc="left", size=10)
-    rate.plot(x, [s["lr"] for s in steps], color=TEXT, lw=1.2, ls=(0, (4, 3)), label="rate asked for")
-    rate.plot(x, [s["lr_used"] for s in steps], color=GREEN, lw=1.8, label="rate used")
-    rate.set_title("learning rate and phase", loc="left", size=10)
     phase = rate.twinx()
-    phase.plot(x, [s["phase"] for s in steps], color=PURPLE, lw=1.2, label="phase (right)")
-    phase.set_ylim(0, 1.02)
+    for axes, key, place, text, style in (
+        (rate, "lr", 0.45, "rate asked for", {"color": TEXT, "lw": 1.2, "ls": (0, (4, 3))}),
+        (rate, "lr_used", 0.22, "rate used", {"color": GREEN, "lw": 1.8}),
+        (phase, "phase", 0.6, "phase (right)", {"color": PURPLE, "lw": 1.5}),
+    ):
+        y = [s[key] for s in steps]
+        axes.plot(x, y, **style)
+        at = int(place * len(x))
+        axes.annotate(text, (x[at], y[at]), xytext=(5, 6), textcoords="offset points", color=style["color"])
+    rate.set_ylim(0, 1.06 * max(s["lr"] for s in steps))
+    phase.set_ylim(0, 1.06)
     phase.spines["right"].set_visible(True)
-    rate.set_ylim(0, None)
-    legend(loss)
-    legend(rate, phase)
+    rate.set_title("learning rate and phase", loc="left", size=10)
     for axes in (loss, rate):
         axes.set_xlabel("optimizer step")
         axes.grid(color=TEXT, alpha=0.2, lw=0.6)
     save(figure, "run.svg")
-
-
-def legend(axes: Axes, *others: Axes) -> None:
-    lines = [line for a in (axes, *others) for line in a.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="best")
 
 
 def save(figure: Any, name: str) -> None:
@@ -130,9 +134,9 @@ def collect(folder: Path) -> None:
     data = {
         "what": "One run of `cruxy-triton finetune --demo`: loss, rate asked for and used, phase by step",
         "device": record["device"],
-        "date": record["started"][:10],
+        "date": date.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime).isoformat(),
         "versions": record["versions"],
-        "recipe": record["recipe"],
+        "settings": {k: record["recipe"][k] for k in SETTINGS},
         "held_out": held_out,
     }
     lines = ",\n  ".join(json.dumps(step) for step in steps)
