@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_kernels import layout as L
-from cruxy_kernels.codec_reference import scale_count
+from cruxy_kernels import CODECS
+from cruxy_kernels.laws.telemetry import combine
 
 
 def active() -> bool:
@@ -46,13 +46,6 @@ def statistics_key(param: Any) -> Any:
     return (param.device_mesh, sharded) if sharded else None
 
 
-def combine(parts: Tensor) -> Tensor:
-    """One telemetry vector (4,) from the rows of (n, 4): sums, and the maximum of MAX_ABS."""
-    total = parts.sum(0)
-    total[L.MAX_ABS] = parts[:, L.MAX_ABS].amax()
-    return total
-
-
 def over_mesh(telemetry: Tensor, key: Any) -> Tensor:
     """Combine the ranks' telemetry over the mesh dimensions that shard the parameters of `key`."""
     mesh, dimensions = key
@@ -83,7 +76,7 @@ def scales_like(param: Any) -> Tensor:
     Every rank keeps as many as the rank with the largest shard needs, so that the whole is evenly sharded.
     """
     if not is_sharded(param):
-        return torch.zeros(scale_count(param.numel()), dtype=torch.bfloat16, device=param.device)
+        return torch.zeros(CODECS[8].scale_count(param.numel()), dtype=torch.bfloat16, device=param.device)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     shape = list(param.shape)
@@ -94,6 +87,6 @@ def scales_like(param: Any) -> Tensor:
             placements.append(Shard(0))
         else:
             placements.append(Replicate())
-    count = scale_count(torch.Size(shape).numel())
+    count = CODECS[8].scale_count(torch.Size(shape).numel())
     scales = torch.zeros(count, dtype=torch.bfloat16, device=param.to_local().device)
     return DTensor.from_local(scales, param.device_mesh, placements, run_check=False)

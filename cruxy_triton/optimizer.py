@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import cruxy_kernels as kernels
+from cruxy_kernels import CODECS
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec_reference import scale_count
+from cruxy_kernels.laws.telemetry import combine
 from cruxy_triton import checkpoint, distributed
 from cruxy_triton.controllers.meta import slow_loop
 
@@ -220,17 +221,17 @@ class CruxyOptimizer(Optimizer):
 
     def _write_inputs(self) -> None:
         """Copy the groups' settings into the control vector, where they changed."""
-        low, high = self.bounds or (-math.inf, math.inf)
-        lr_low, lr_high = (L.SDK_LR_MIN, L.SDK_LR_MAX) if self.bounds is None else (-math.inf, math.inf)
-        shared = (self.gamma_norm, self.meta_lr_eta, self.meta_lr_beta2, float(self.meta_interval),
-                  low, high, lr_low, lr_high, float(self.guard))  # fmt: skip
         table = []
         for index in self._row_group:
             group = self.param_groups[index]
             lr = group["lr"]
             table.append(
-                (0.0 if isinstance(lr, Tensor) else float(lr), float(group["weight_decay"]),
-                 *group["betas"], group["eps"], *shared)
+                kernels.control_inputs(
+                    lr=0.0 if isinstance(lr, Tensor) else float(lr), weight_decay=group["weight_decay"],
+                    betas=group["betas"], eps=group["eps"], maximize=group["maximize"], gamma=self.gamma_norm,
+                    meta_lr_eta=self.meta_lr_eta, meta_lr_beta2=self.meta_lr_beta2, meta_interval=self.meta_interval,
+                    bounds=self.bounds, guard=self.guard,
+                )
             )  # fmt: skip
         if table != self._written:
             values = torch.tensor(table, dtype=torch.float32, pin_memory=self._control.is_cuda)
@@ -277,10 +278,13 @@ class CruxyOptimizer(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         found_inf = found_inf.to(device, non_blocking=True) if isinstance(found_inf, Tensor) else None
-        telemetry = self._telemetry(batches, device, grad_scale, found_inf)
+        if isinstance(grad_scale, Tensor):
+            grad_scale = grad_scale.to(device, non_blocking=True)
+        telemetry = self._telemetry(batches, device, found_inf)
         kernels.control_step(
-            control, telemetry, self._loss(loss, device), law=self.mode, found_inf=found_inf, backend=self.backend
-        )
+            control, telemetry, self._loss(loss, device), law=self.mode, found_inf=found_inf, grad_scale=grad_scale,
+            backend=self.backend,
+        )  # fmt: skip
         capturable = self.param_groups[0]["capturable"]
         if self.mode == "meta3" and (capturable or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None)
@@ -288,7 +292,7 @@ class CruxyOptimizer(Optimizer):
         for batch in batches:
             if batch.device not in controls:
                 controls[batch.device] = control.to(batch.device, non_blocking=True)
-            batch.update(controls[batch.device], grad_scale, self.backend)
+            batch.update(controls[batch.device], self.backend)
         self._remember(control[0], capturable)
         return result
 
@@ -296,7 +300,6 @@ class CruxyOptimizer(Optimizer):
         self,
         batches: list["_Batch"],
         device: torch.device,
-        grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> Tensor:
         """The statistics over all gradients of all ranks, (n, 4) on `device`: their sum is the total."""
@@ -306,12 +309,10 @@ class CruxyOptimizer(Optimizer):
                 grads.setdefault(key, []).append(grad)
         parts = []
         for (_, mesh_key), tensors in grads.items():
-            part = kernels.gradient_telemetry(
-                tensors, gamma=self.gamma_norm, grad_scale=grad_scale, partial=True, backend=self.backend
-            )
+            part = kernels.gradient_telemetry(tensors, gamma=self.gamma_norm, partial=True, backend=self.backend)
             part = part.to(device, non_blocking=True)
             if mesh_key is not None:
-                part = distributed.combine(part)
+                part = combine(part)
                 if found_inf is not None:  # a rank's GradScaler knows only its own shards
                     part[L.COUNT_NONFINITE] += found_inf.reshape(())
                 part = distributed.over_mesh(part, mesh_key)[None]
@@ -343,8 +344,7 @@ class CruxyOptimizer(Optimizer):
         batches: dict[Any, _Batch] = {}
         sharded = distributed.active()
         for index, group in enumerate(self.param_groups):
-            rule = (group["use_lion"], group["maximize"], group["use_nesterov"],
-                    group["decoupled_weight_decay"], group["use_gc"])  # fmt: skip
+            rule = (group["use_lion"], group["use_nesterov"], group["decoupled_weight_decay"], group["use_gc"])
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -489,7 +489,7 @@ class _Batch:
 
     def __init__(self, group: dict[str, Any], device: torch.device):
         self.device = device
-        self.lion, self.maximize = group["use_lion"], group["maximize"]
+        self.lion = group["use_lion"]
         self.nesterov, self.decoupled = group["use_nesterov"], group["decoupled_weight_decay"]
         self.centralise = group["use_gc"]
         self.params: list[Tensor] = []
@@ -505,7 +505,7 @@ class _Batch:
             state = {name: distributed.local(tensor) for name, tensor in state.items()}
             param = distributed.local(param)
             if "exp_avg_scale" in state:
-                state["exp_avg_scale"] = state["exp_avg_scale"][: scale_count(param.numel())]
+                state["exp_avg_scale"] = state["exp_avg_scale"][: CODECS[8].scale_count(param.numel())]
         self.params.append(param)
         self.grads.append(grad)
         self.keys.append((grad.device, key))
@@ -514,7 +514,7 @@ class _Batch:
                 self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
 
-    def update(self, control: Tensor, grad_scale: Tensor | None, backend: str | None) -> None:
+    def update(self, control: Tensor, backend: str | None) -> None:
         grads = self.grads
         if self.centralise:
             grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in grads]
@@ -522,13 +522,12 @@ class _Batch:
             kernels.lion_update_(
                 self.params, grads, self.state["exp_avg"], control,
                 exp_avg_scales=self.state.get("exp_avg_scale"),
-                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize, backend=backend,
+                rows=self.rows, backend=backend,
             )  # fmt: skip
         else:
             kernels.adamw_update_(
                 self.params, grads, self.state["exp_avg"], self.state["exp_avg_sq"], control,
-                rows=self.rows, grad_scale=grad_scale, maximize=self.maximize,
-                nesterov=self.nesterov, decoupled=self.decoupled, backend=backend,
+                rows=self.rows, nesterov=self.nesterov, decoupled=self.decoupled, backend=backend,
             )  # fmt: skip
 
 
