@@ -64,7 +64,7 @@ def memory() -> None:
             axes.barh(row, width, left=left, color=colour, height=0.62)
             left += width
         c = answer.config
-        settings = f"{c.dtype}, r = {c.lora_r}, {c.micro_batch_size} at once"
+        settings = f"{c.precision}, r = {c.lora_r}, {c.micro_batch_size} at once"
         axes.text(0.06, row, f"{left:.2f} GiB", va="center", color="white", weight="bold")
         axes.text(-0.06, row - 0.13, answer.model, ha="right", va="center", weight="bold")
         axes.text(-0.06, row + 0.17, settings, ha="right", va="center", size=8)
