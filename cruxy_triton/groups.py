@@ -1,0 +1,117 @@
+"""The settings of a parameter group: which update rule they mean, and whether they can be used.
+
+The one place that knows how the optimizer's public settings are called in `cruxy_kernels`. Everything else
+about a rule (names of its state, its flags, its codecs) comes from there.
+"""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """An update rule: names of its state buffers, the codecs they may be kept in, its flags with their defaults.
+
+    betas: the defaults. ages: whether the update depends on a tensor's age, through bias corrections.
+    """
+
+    state: tuple[str, ...]
+    state_bits: tuple[int, ...]
+    flags: dict[str, bool]
+    betas: tuple[float, float]
+    ages: bool
+
+
+RULES = {
+    "lion": Rule(("exp_avg",), (32, 8), {}, (0.9, 0.99), ages=False),
+    "adamw": Rule(("exp_avg", "exp_avg_sq"), (32,), {"nesterov": True, "decoupled": True}, (0.9, 0.999), ages=True),
+}
+# Flags of a rule that a group knows under another name.
+SETTING_OF_FLAG = {"nesterov": "use_nesterov", "decoupled": "decoupled_weight_decay"}
+# Settings of the whole optimizer, which a group cannot have of its own.
+SHARED = ("mode", "state_bits", "bounds", "guard", "gamma_norm", "meta_lr_eta", "meta_lr_beta2", "meta_interval",
+          "backend", "history", "process_group")  # fmt: skip
+
+
+class Settings(NamedTuple):
+    """What a group says, in a form that shows a change: equal settings, equal steps."""
+
+    rule: str
+    flags: tuple[bool, ...]  # in the order of the rule's
+    use_gc: bool
+    maximize: bool
+    lr: float  # 0 for a tensor on another device than the CPU: the host does not wait for it
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def rule_of(group: Group) -> str:
+    """The name of a group's update rule."""
+    return "lion" if group["use_lion"] else "adamw"
+
+
+def settings_of(group: Group) -> Settings:
+    rule = rule_of(group)
+    flags = [bool(group.get(SETTING_OF_FLAG.get(flag, flag), default)) for flag, default in RULES[rule].flags.items()]
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else 0.0
+    return Settings(
+        rule, tuple(flags), group["use_gc"], group["maximize"], lr, group["betas"], group["eps"], group["weight_decay"]
+    )
+
+
+def scale_name(state: str) -> str:
+    """The name of the scales of a state buffer that is kept in 8 bits."""
+    return f"{state}_scale"
+
+
+def check(group: Group, state_bits: int) -> None:
+    """Raise ValueError where a group's settings cannot be used; the message says what was expected."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {group['lr'].numel()} elements")
+    settings = settings_of(group)
+    for name in ("lr", "eps", "weight_decay"):
+        value = getattr(settings, name)
+        if not (_is_number(value) and 0.0 <= value < math.inf):
+            raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
+    betas = settings.betas
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
+        raise ValueError(f"betas is {betas!r}; expected two floats, each from 0 to below 1")
+    if state_bits not in RULES[settings.rule].state_bits:
+        raise ValueError(
+            f"state_bits={state_bits} needs use_lion=True: the {settings.rule} rule has no {state_bits}-bit form"
+        )
+
+
+def check_params(group: Group, state_bits: int) -> None:
+    """Raise ValueError for tensors that cannot be optimized."""
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("CruxyOptimizer does not support complex parameters; use torch.view_as_real")
+        if state_bits != 32 and p.dtype == torch.float64:
+            raise ValueError(f"state_bits={state_bits} does not support float64 parameters; use state_bits=32")
+
+
+def check_states(group: Group, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Raise ValueError where the states of a group's tensors are of another rule than the group."""
+    wanted = set(RULES[rule_of(group)].state)
+    for p in group["params"]:
+        held = state.get(p)
+        if held and {name for name in held if name != "step" and not name.endswith("_scale")} != wanted:
+            raise ValueError(
+                f"a group's update rule is now {rule_of(group)!r}, but its states are of another rule "
+                f"({', '.join(sorted(held))}); make a new optimizer, whose load_state_dict takes over what fits"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
