@@ -13,7 +13,6 @@ The functions here are pure: `read` makes and checks everything before an optimi
 """
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +25,7 @@ from torch import Tensor
 from cruxy_kernels import dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
 from cruxy_triton import distributed, groups
+from cruxy_triton.errors import warn
 from cruxy_triton.groups import RULES, Group, rule_of, scale_name
 
 # Settings that another optimizer's group shares with ours.
@@ -264,10 +264,9 @@ def _control(row: Any, saved_mode: Any, mode: str, place: str) -> Tensor | None:
     if saved_mode not in L.LAWS:
         raise ValueError(f"{place} of the checkpoint: its mode is {saved_mode!r}; expected one of {', '.join(L.LAWS)}")
     if (saved_mode == "stability_v1") != (mode == "stability_v1"):
-        warnings.warn(
+        warn(
             f"the checkpoint is of mode {saved_mode!r}, whose statistics mean nothing to {mode!r}: the moments "
-            "are taken over, the statistics start afresh",
-            stacklevel=4,
+            "are taken over, the statistics start afresh"
         )
         return None
     return row

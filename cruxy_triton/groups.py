@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cruxy_triton.errors import warn
+
 Group = dict[str, Any]
 
 
@@ -35,8 +37,9 @@ RULES = {
 # Flags of a rule that a group knows under another name.
 SETTING_OF_FLAG = {"nesterov": "use_nesterov", "decoupled": "decoupled_weight_decay"}
 # Settings of the whole optimizer, which a group cannot have of its own.
-SHARED = ("mode", "state_bits", "bounds", "guard", "gamma_norm", "meta_lr_eta", "meta_lr_beta2", "meta_interval",
-          "backend", "history", "process_group")  # fmt: skip
+SHARED = (
+    "mode", "state_bits", "bounds", "guard", "gamma_norm", "meta_lr_eta", "meta_lr_beta2", "meta_interval", "backend"
+)  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -53,8 +56,16 @@ class Settings(NamedTuple):
 
 
 def rule_of(group: Group) -> str:
-    """The name of a group's update rule."""
-    return "lion" if group["use_lion"] else "adamw"
+    """The name of a group's update rule: `rule` where it is given, else what `use_lion` says.
+
+    Raises ValueError for an unknown rule, and where the two contradict each other.
+    """
+    rule = group.get("rule") or ("lion" if group["use_lion"] else "adamw")
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if group["use_lion"] and rule != "lion":
+        raise ValueError(f"use_lion=True and rule={rule!r} exclude each other")
+    return rule
 
 
 def settings_of(group: Group) -> Settings:
@@ -80,11 +91,10 @@ def check(group: Group, state_bits: int) -> None:
     settings = settings_of(group)
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(settings, name)
-        if not (_is_number(value) and 0.0 <= value < math.inf):
+        if not (is_number(value) and 0.0 <= value < math.inf):
             raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
     betas = settings.betas
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    if not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
+    if not (is_pair(betas) and all(0.0 <= b < 1.0 for b in betas)):
         raise ValueError(f"betas is {betas!r}; expected two floats, each from 0 to below 1")
     if state_bits not in RULES[settings.rule].state_bits:
         raise ValueError(
@@ -113,5 +123,32 @@ def check_states(group: Group, state: Mapping[Tensor, Mapping[str, Any]]) -> Non
             )
 
 
-def _is_number(value: Any) -> bool:
+def refuse_shared(group: Group, optimizer: Any) -> None:
+    """Raise ValueError where a group brings another value for a setting of the whole optimizer."""
+    for name in SHARED:
+        if name in group and group[name] != getattr(optimizer, name):
+            raise ValueError(
+                f"{name} is a setting of the whole optimizer ({getattr(optimizer, name)!r} here), not of a group "
+                f"({group[name]!r}); make a second optimizer for these parameters"
+            )
+
+
+def warn_of_betas(mode: str, rule: str, betas: Any) -> None:
+    """Say where betas that somebody asked for have no effect."""
+    if not is_pair(betas):
+        return  # refused elsewhere
+    if mode == "stability_v1" and betas[0] != 0.9:
+        warn(f"betas[0] is {betas[0]}, but mode='stability_v1' sets beta1 to 0.9")
+    if mode == "meta3" and betas[1] != RULES[rule].betas[1]:
+        warn(
+            f"betas[1] is {betas[1]}, but mode='meta3' multiplies beta2 by 1 - 0.3 phase and keeps it at 0.9 or "
+            "more: while the phase is above a third, as in most of a run, beta2 is 0.9; metrics()['beta2'] shows it"
+        )
+
+
+def is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_number(v) for v in value)
+
+
+def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -6,7 +6,6 @@ This file holds the arguments, the state and the order of a step. The arithmetic
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ import cruxy_kernels as kernels
 from cruxy_kernels import layout as L
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.controllers.meta import slow_loop
+from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
 from cruxy_triton.metrics import History, Reader, calls, named
 from cruxy_triton.rows import ControlRows
@@ -28,12 +28,14 @@ class CruxyOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer. Groups may set any of
-            lr, betas, eps, weight_decay, decoupled_weight_decay, use_nesterov, use_lion, use_gc, maximize.
+            lr, betas, eps, weight_decay, decoupled_weight_decay, use_nesterov, use_lion, rule, use_gc, maximize.
         mode: "meta3" (slow loop over learning rate and beta2), "stability_v2" (curvature, gamma-norm,
             predictive clipping) or "stability_v1" (PD control of beta2).
         lr: learning rate, a float or a one-element tensor; schedulers set it, the controller never does:
             it owns a multiplier of its own.
-        betas: coefficients of the two moving averages; the modes adapt them.
+        betas: coefficients of the two moving averages, which the modes adapt: stability_v1 sets beta1 to 0.9,
+            and meta3 keeps beta2 at 0.9 but for steeply falling gradients (a warning says so where other ones
+            are asked for). None: the rule's own, (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion.
         eps: beside the square root of the AdamW rule.
         weight_decay: decoupled, scaled by the learning rate that is actually used.
         decoupled_weight_decay: False adds the decay to the gradient instead (AdamW rule only).
@@ -43,12 +45,13 @@ class CruxyOptimizer(Optimizer):
         meta_lr_eta, meta_lr_beta2, meta_interval: gains and period of the slow loop (paper section 4).
         gamma_norm: exponent of the gradient statistic, in [1, 4] (paper eq 1).
         bounds: (lowest, highest) multiplier of the learning rate that a controller may reach. None leaves
-            only the seeds' own clamps, and switches the early warning's intervention off.
+            only the clamps of the published laws, and switches the early warning's intervention off.
         guard: keep outlier steps (4x the running level, unless five in a row) out of the statistics, and
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
         maximize: ascend.
+        rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
         state_bits: 32, or 8 for int8 momentum with a bfloat16 scale for each 64 values (Lion rule only).
-        backend: "triton" or "torch"; None lets the device decide (`cruxy_kernels.explain`).
+        backend: "triton", "native" or "torch"; None lets the device decide (`cruxy_kernels.explain_backend`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
             hold the step (changing learning rates then have to be tensors).
         history: how many past steps `history()` remembers (448 bytes each, on the parameters' device).
@@ -59,7 +62,9 @@ class CruxyOptimizer(Optimizer):
     one half, and both relax over about 1,000 steps.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: an argument is out of range; the message names it. Settings of a group are checked again
+            whenever they change, in the step that would use them, before it changes anything.
+        TypeError: an argument that the optimizer does not have.
     """
 
     _step_supports_amp_scaling = True
@@ -69,7 +74,7 @@ class CruxyOptimizer(Optimizer):
         params: Iterable[Any],
         mode: str = "meta3",
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         decoupled_weight_decay: bool = True,
@@ -89,20 +94,25 @@ class CruxyOptimizer(Optimizer):
         capturable: bool = False,
         history: int = 1000,
         process_group: Any = "auto",
+        rule: str | None = None,
+        **unknown: Any,
     ):
+        if unknown:
+            raise TypeError(_unknown_argument(next(iter(unknown))))
         if mode not in L.LAWS:
-            raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(L.LAWS)}")
+            hint = f" (for a learning rate of {mode} write lr={mode})" if isinstance(mode, (float, Tensor)) else ""
+            raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(L.LAWS)}{hint}")
         if not (isinstance(meta_interval, int) and meta_interval >= 1):
             raise ValueError(f"meta_interval is {meta_interval!r}; expected a whole number of steps, at least 1")
-        if not 1.0 <= gamma_norm <= 4.0:
-            raise ValueError(f"gamma_norm is {gamma_norm}; expected a value from 1 to 4")
+        if not (groups.is_number(gamma_norm) and 1.0 <= gamma_norm <= 4.0):
+            raise ValueError(f"gamma_norm is {gamma_norm!r}; expected a value from 1 to 4")
         for name, value in (("meta_lr_eta", meta_lr_eta), ("meta_lr_beta2", meta_lr_beta2)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} is {value}; expected a value from 0 to below 1")
-        if bounds is not None and not (len(bounds) == 2 and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
-            raise ValueError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high, or None")
-        if backend not in (None, "triton", "torch"):
-            raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'torch' or None")
+            if not (groups.is_number(value) and 0.0 <= value < 1.0):
+                raise ValueError(f"{name} is {value!r}; expected a value from 0 to below 1")
+        if bounds is not None and not (groups.is_pair(bounds) and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
+            raise ValueError(f"bounds is {bounds!r}; expected (low, high) with 0 < low <= 1 <= high, or None")
+        if backend not in (None, "triton", "native", "torch"):
+            raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'native', 'torch' or None")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits is {state_bits!r}; expected 8 or 32")
         if not (isinstance(history, int) and history >= 0):
@@ -118,6 +128,7 @@ class CruxyOptimizer(Optimizer):
         self._rows = ControlRows()
         self._settings: list[Settings] = []
         self._calls = 0
+        self._given_loss: Any = None
         self._calls_without_loss = 0
         self._history = History(history)
         self._reader = Reader()
@@ -129,10 +140,17 @@ class CruxyOptimizer(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "use_nesterov": use_nesterov,
             "use_lion": use_lion,
+            "rule": rule,
             "use_gc": use_gc,
             "maximize": maximize,
             "capturable": capturable,
         }
+        self._betas_given = betas is not None
+        rule = groups.rule_of(defaults)
+        if betas is None:
+            defaults["betas"] = groups.RULES[rule].betas
+        else:
+            groups.warn_of_betas(mode, rule, betas)
         super().__init__(params, defaults)
 
     @property
@@ -142,10 +160,18 @@ class CruxyOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it joins with the statistics gathered so far. Raises ValueError for bad settings."""
+        if isinstance(param_group, dict):
+            groups.refuse_shared(param_group, self)
+            rule = groups.rule_of({**self.defaults, **param_group})
+            if "betas" in param_group:
+                groups.warn_of_betas(self.mode, rule, param_group["betas"])
+            elif not self._betas_given:
+                param_group["betas"] = groups.RULES[rule].betas
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            groups.check(self.param_groups[-1], self.state_bits)
-            groups.check_params(self.param_groups[-1], self.state_bits)
+            groups.check(group, self.state_bits)
+            groups.check_params(group, self.state_bits)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -153,6 +179,13 @@ class CruxyOptimizer(Optimizer):
         self._rows.link(self.state, self.mode)
 
     # -- a step ------------------------------------------------------------------
+
+    def set_loss(self, loss: float | Tensor) -> None:
+        """Give the next step its loss, for loops that call `step` themselves: accelerate, Trainer, Lightning.
+
+        With gradient accumulation that is the mean over the micro-batches; a second call replaces the first.
+        """
+        self._given_loss = _number(loss)
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -164,15 +197,27 @@ class CruxyOptimizer(Optimizer):
             closure: re-evaluates the model and returns the loss.
             loss: the loss of this step, a number or a one-element tensor on any device (no
                 synchronisation); it feeds the curvature estimate of stability_v2 and meta3. A non-finite
-                loss or gradient skips the step on the device.
+                loss or gradient skips the step on the device. Without it, what the closure returned or
+                `set_loss` was given.
 
         Returns:
             What the closure returned, else `loss`.
+
+        Raises:
+            TypeError, ValueError: no closure, no number, or a group's settings that cannot be used; nothing
+                was changed then.
+            RuntimeError: sparse gradients.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"step() got a {type(closure).__name__} for a closure; give the loss by name: step(loss=loss)"
+            )
         result = loss
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        given, self._given_loss = self._given_loss, None
+        number = _number(loss if loss is not None else result if result is not None else given)
         batches = self._gather()
         if not batches:
             return result
@@ -184,8 +229,9 @@ class CruxyOptimizer(Optimizer):
             found_inf = found_inf.to(device, non_blocking=True)
         parts = [batch.telemetry(self.gamma_norm, grad_scale, found_inf, self.backend) for batch in batches]
         telemetry = parts[0] if len(parts) == 1 else torch.cat([part.to(device, non_blocking=True) for part in parts])
-        loss = self._loss(result if loss is None else loss, device)
-        kernels.control_step(control, telemetry, loss, law=self.mode, found_inf=found_inf, backend=self.backend)
+        kernels.control_step(
+            control, telemetry, self._loss(number, device), law=self.mode, found_inf=found_inf, backend=self.backend
+        )
         capturable = self.param_groups[0]["capturable"]
         if self.mode == "meta3" and (capturable or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None)
@@ -266,24 +312,21 @@ class CruxyOptimizer(Optimizer):
         )
         return self._rows.values
 
-    def _loss(self, loss: Any, device: torch.device) -> Tensor | None:
-        """The loss as a 0-dim fp32 tensor on the control's device."""
+    def _loss(self, loss: float | Tensor | None, device: torch.device) -> Tensor | None:
+        """The mean loss of all ranks as a 0-dim fp32 tensor on the control's device."""
         if loss is None:
             self._calls_without_loss += 1
             # Not at the first: torch.distributed.checkpoint takes one step of its own to make the state.
             if self.mode != "stability_v1" and self._calls_without_loss == 2:
-                warnings.warn(
-                    f"CruxyOptimizer(mode={self.mode!r}) gets no loss, so its curvature estimate is off; "
-                    "call step(loss=loss) to switch it on",
-                    stacklevel=5,
+                warn(
+                    f"CruxyOptimizer(mode={self.mode!r}) gets no loss, so its curvature estimate is off; call "
+                    "step(loss=loss) to switch it on, or set_loss(loss) where the step is called for you"
                 )
             return None
         if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"loss has {loss.numel()} elements; expected one number (the mean loss)")
-            value = distributed.local(loss.detach()).reshape(()).to(device, torch.float32, non_blocking=True)
+            value = loss.to(device, torch.float32, non_blocking=True)
         else:
-            value = torch.full((), float(loss), dtype=torch.float32, device=device)
+            value = torch.full((), loss, dtype=torch.float32, device=device)
         return distributed.mean_loss(value, self.process_group) if distributed.active() else value
 
     # -- what it did ------------------------------------------------------------------
@@ -416,6 +459,29 @@ class _Batch:
             kernels.adamw_update_(
                 self.params, grads, self.state["exp_avg"], self.state["exp_avg_sq"], control, **self.flags, **arguments
             )
+
+
+def _number(loss: Any) -> float | Tensor | None:
+    """A loss as a float or a 0-dim real tensor; TypeError or ValueError where it is none."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"loss has {loss.numel()} elements; expected one number (the mean loss)")
+        if loss.is_complex():
+            raise TypeError(f"loss is {loss.dtype}; expected a real number")
+        return distributed.local(loss.detach()).reshape(())
+    if loss is None or groups.is_number(loss):
+        return loss if loss is None else float(loss)
+    raise TypeError(f"loss is a {type(loss).__name__}; expected a number or a one-element tensor")
+
+
+def _unknown_argument(name: str) -> str:
+    why = {
+        "fused": "every step is fused, so leave it out",
+        "foreach": "every step takes all tensors at once, so leave it out",
+        "amsgrad": "there is no amsgrad form",
+        "differentiable": "steps cannot be differentiated",
+    }
+    return f"CruxyOptimizer got an unexpected argument {name!r}" + (f": {why[name]}" if name in why else "")
 
 
 def _centralised(grad: Tensor) -> Tensor:
