@@ -6,8 +6,8 @@ The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
      "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
 `control` is the group's main row of the control vector: the statistics, the controller's multiplier and its
-histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in 8 bits is an
-int8 tensor with its scales beside it (`exp_avg`, `exp_avg_scale`).
+histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in fewer bits
+is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`).
 
 The functions here are pure: `read` makes and checks everything before an optimizer is touched.
 """
@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_kernels import dequantize_blockwise, quantize_blockwise
+from cruxy_kernels import CODECS, RULES, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
+from cruxy_kernels.codec import Codec, codec_of
 from cruxy_triton import distributed, groups
 from cruxy_triton.errors import warn
-from cruxy_triton.groups import RULES, Group, rule_of, scale_name
+from cruxy_triton.groups import Group, rule_of, scale_name
 
 # Settings that another optimizer's group shares with ours.
 FOREIGN_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")
@@ -184,30 +185,34 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
                 f"{place} of the checkpoint: {name} has shape {tuple(given.shape)} for a parameter of shape "
                 f"{tuple(param.shape)}; it belongs to another model"
             )
-        if given.dtype == torch.int8:
-            values, scale = given, _scale(value, name, param, place)
+        coded = codec_of(given)
+        if coded.block:
+            values, scale = given, _scale(value, name, param, coded, place)
         elif given.is_floating_point():
             if scale is not None:
                 raise ValueError(
                     f"{place} of the checkpoint: {name} is {given.dtype} beside {scale_name(name)}; "
-                    "only int8 codes have scales"
+                    "only codes have scales"
                 )
             values = _finite(given, name, place)
         else:
-            raise ValueError(f"{place} of the checkpoint: {name} is {given.dtype}; expected floating point or int8")
+            raise ValueError(f"{place} of the checkpoint: {name} is {given.dtype}; expected floating point or codes")
         if name.endswith("_sq") and bool((distributed.local(values) < 0).any()):
             raise ValueError(f"{place} of the checkpoint: {name} has negative values; it is a mean of squares")
         values = values.to(param.device).clone()
-        if (scale is None) == (state_bits == 32):
-            kept[name] = values if scale is not None else values.to(wide)
+        if coded.bits == state_bits:
+            kept[name] = values.to(wide) if scale is None else values
             if scale is not None:
                 kept[scale_name(name)] = scale.to(param.device).clone()
         elif distributed.is_sharded(param):
             raise ValueError("state_bits of the checkpoint and the optimizer differ, which sharded states do not allow")
-        elif scale is not None:
-            kept[name] = dequantize_blockwise(values, scale.to(param.device)).to(wide)
         else:
-            kept[name], kept[scale_name(name)] = quantize_blockwise(values)
+            if scale is not None:
+                values = dequantize_blockwise(values, scale.to(param.device))
+            if CODECS[state_bits].block:
+                kept[name], kept[scale_name(name)] = quantize_blockwise(values, bits=state_bits)
+            else:
+                kept[name] = values.to(wide)
     return kept
 
 
@@ -225,13 +230,13 @@ def _finite(tensor: Tensor, name: str, place: str) -> Tensor:
     return tensor
 
 
-def _scale(value: Mapping[str, Any], name: str, param: Tensor, place: str) -> Tensor:
-    """The scales of an int8 state buffer, checked."""
+def _scale(value: Mapping[str, Any], name: str, param: Tensor, codec: Codec, place: str) -> Tensor:
+    """The scales of a coded state buffer, checked."""
     if value.get(scale_name(name)) is None:
         raise ValueError(
-            f"{place} of the checkpoint: {name} is int8 without {scale_name(name)}; the checkpoint is incomplete"
+            f"{place} of the checkpoint: {name} is {codec.dtype} without {scale_name(name)}; it is incomplete"
         )
-    scale, wanted = _tensor(value, scale_name(name), place), distributed.scales_like(param)
+    scale, wanted = _tensor(value, scale_name(name), place), distributed.scales_like(param, codec)
     if scale.dtype != wanted.dtype or scale.shape != wanted.shape:
         raise ValueError(
             f"{place} of the checkpoint: {scale_name(name)} is {scale.dtype} {tuple(scale.shape)}; expected "

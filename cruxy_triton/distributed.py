@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_kernels.codec_reference import scale_count
+from cruxy_kernels.codec import Codec, codec_of
 
 
 def active() -> bool:
@@ -31,8 +31,11 @@ def local(tensor: Tensor) -> Tensor:
 def local_state(state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     """This rank's part of a state; of the scales, as many as its part of the parameter needs."""
     kept = {name: local(tensor) for name, tensor in state.items()}
-    count = scale_count(local(param).numel())
-    return {name: tensor[:count] if name.endswith("_scale") else tensor for name, tensor in kept.items()}
+    for name in kept:
+        if name.endswith("_scale"):
+            codes = kept[name.removesuffix("_scale")]
+            kept[name] = kept[name][: codec_of(codes).scale_count(local(param).numel())]
+    return kept
 
 
 def local_grad(param: Any, grad: Any) -> Tensor:
@@ -78,13 +81,13 @@ def _gathered(value: Tensor, group: Any) -> Tensor:
     return out.flatten(0, 1)
 
 
-def scales_like(param: Any) -> Tensor:
-    """Zero scales of an 8-bit state buffer for a parameter; a DTensor where the parameter is one.
+def scales_like(param: Any, codec: Codec) -> Tensor:
+    """Zero scales of a coded state buffer for a parameter; a DTensor where the parameter is one.
 
     Every rank keeps as many as the rank with the largest shard needs, so that the whole is evenly sharded.
     """
     if not is_sharded(param):
-        return torch.zeros(scale_count(param.numel()), dtype=torch.bfloat16, device=param.device)
+        return torch.zeros(codec.scale_count(param.numel()), dtype=codec.scale_dtype, device=param.device)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     shape = list(param.shape)
@@ -95,6 +98,6 @@ def scales_like(param: Any) -> Tensor:
             placements.append(Shard(0))
         else:
             placements.append(Replicate())
-    count = scale_count(torch.Size(shape).numel())
-    scales = torch.zeros(count, dtype=torch.bfloat16, device=param.to_local().device)
+    count = codec.scale_count(torch.Size(shape).numel())
+    scales = torch.zeros(count, dtype=codec.scale_dtype, device=param.to_local().device)
     return DTensor.from_local(scales, param.device_mesh, placements, run_check=False)

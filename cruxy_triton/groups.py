@@ -5,35 +5,19 @@ about a rule (names of its state, its flags, its codecs) comes from there.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cruxy_kernels import RULES
 from cruxy_triton.errors import warn
 
 Group = dict[str, Any]
 
 
-class Rule(NamedTuple):
-    """An update rule: names of its state buffers, the codecs they may be kept in, its flags with their defaults.
-
-    betas: the defaults. ages: whether the update depends on a tensor's age, through bias corrections.
-    """
-
-    state: tuple[str, ...]
-    state_bits: tuple[int, ...]
-    flags: dict[str, bool]
-    betas: tuple[float, float]
-    ages: bool
-
-
-RULES = {
-    "lion": Rule(("exp_avg",), (32, 8), {}, (0.9, 0.99), ages=False),
-    "adamw": Rule(("exp_avg", "exp_avg_sq"), (32,), {"nesterov": True, "decoupled": True}, (0.9, 0.999), ages=True),
-}
 # Flags of a rule that a group knows under another name.
 SETTING_OF_FLAG = {"nesterov": "use_nesterov", "decoupled": "decoupled_weight_decay"}
 # Settings of the whole optimizer, which a group cannot have of its own.
@@ -48,11 +32,11 @@ class Settings(NamedTuple):
     rule: str
     flags: tuple[bool, ...]  # in the order of the rule's
     use_gc: bool
-    maximize: bool
     lr: float  # 0 for a tensor on another device than the CPU: the host does not wait for it
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    maximize: bool
 
 
 def rule_of(group: Group) -> str:
@@ -75,8 +59,13 @@ def settings_of(group: Group) -> Settings:
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else 0.0
     return Settings(
-        rule, tuple(flags), group["use_gc"], group["maximize"], lr, group["betas"], group["eps"], group["weight_decay"]
+        rule, tuple(flags), group["use_gc"], lr, group["betas"], group["eps"], group["weight_decay"], group["maximize"]
     )
+
+
+def named_flags(rule: str, flags: Sequence[bool]) -> dict[str, Any]:
+    """The flags of `Settings` by the names that the kernels know."""
+    return dict(zip(RULES[rule].flags, flags, strict=True))
 
 
 def scale_name(state: str) -> str:

@@ -7,6 +7,7 @@ This file holds the arguments, the state and the order of a step. The arithmetic
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import cruxy_kernels as kernels
+from cruxy_kernels import CODECS, RULES
 from cruxy_kernels import layout as L
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.controllers.meta import slow_loop
@@ -50,6 +52,7 @@ class CruxyOptimizer(Optimizer):
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
+        seed: of the random bits with which 16-bit parameters are rounded, a whole number below 2^24.
         state_bits: 32, or 8 for int8 momentum with a bfloat16 scale for each 64 values (Lion rule only).
         backend: "triton", "native" or "torch"; None lets the device decide (`cruxy_kernels.explain_backend`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
@@ -95,6 +98,7 @@ class CruxyOptimizer(Optimizer):
         history: int = 1000,
         process_group: Any = "auto",
         rule: str | None = None,
+        seed: int = 0,
         **unknown: Any,
     ):
         if unknown:
@@ -113,10 +117,12 @@ class CruxyOptimizer(Optimizer):
             raise ValueError(f"bounds is {bounds!r}; expected (low, high) with 0 < low <= 1 <= high, or None")
         if backend not in (None, "triton", "native", "torch"):
             raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'native', 'torch' or None")
-        if state_bits not in (8, 32):
-            raise ValueError(f"state_bits is {state_bits!r}; expected 8 or 32")
+        if state_bits not in CODECS:
+            raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, sorted(CODECS)))}")
         if not (isinstance(history, int) and history >= 0):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
+        if not (isinstance(seed, int) and 0 <= seed < 1 << 24):
+            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to below 2^24")
         self.mode = mode
         self.state_bits = state_bits
         self.backend = backend
@@ -125,6 +131,7 @@ class CruxyOptimizer(Optimizer):
         self.gamma_norm = gamma_norm
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.guard = guard
+        self.seed = seed
         self._rows = ControlRows()
         self._settings: list[Settings] = []
         self._calls = 0
@@ -148,7 +155,7 @@ class CruxyOptimizer(Optimizer):
         self._betas_given = betas is not None
         rule = groups.rule_of(defaults)
         if betas is None:
-            defaults["betas"] = groups.RULES[rule].betas
+            defaults["betas"] = RULES[rule].betas
         else:
             groups.warn_of_betas(mode, rule, betas)
         super().__init__(params, defaults)
@@ -166,7 +173,7 @@ class CruxyOptimizer(Optimizer):
             if "betas" in param_group:
                 groups.warn_of_betas(self.mode, rule, param_group["betas"])
             elif not self._betas_given:
-                param_group["betas"] = groups.RULES[rule].betas
+                param_group["betas"] = RULES[rule].betas
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -224,19 +231,18 @@ class CruxyOptimizer(Optimizer):
         device = batches[0].device
         control = self._control_on(device)
         self._calls += 1
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None:
-            found_inf = found_inf.to(device, non_blocking=True)
-        parts = [batch.telemetry(self.gamma_norm, grad_scale, found_inf, self.backend) for batch in batches]
-        telemetry = parts[0] if len(parts) == 1 else torch.cat([part.to(device, non_blocking=True) for part in parts])
+        # A GradScaler leaves these two here for the time of the step.
+        found_inf, grad_scale = (_moved(getattr(self, name, None), device) for name in ("found_inf", "grad_scale"))
+        parts = [_moved(batch.telemetry(self.gamma_norm, found_inf, self.backend), device) for batch in batches]
         kernels.control_step(
-            control, telemetry, self._loss(number, device), law=self.mode, found_inf=found_inf, backend=self.backend
-        )
+            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device),
+            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, backend=self.backend,
+        )  # fmt: skip
         capturable = self.param_groups[0]["capturable"]
         if self.mode == "meta3" and (capturable or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None)
         for batch in batches:
-            batch.update(control.to(batch.device, non_blocking=True), grad_scale, self.backend)
+            batch.update(control, self.backend)
         self._history.add(control[0], self._calls, on_device=capturable)
         return result
 
@@ -246,7 +252,7 @@ class CruxyOptimizer(Optimizer):
         sharded = distributed.active()
         batches: dict[Any, _Batch] = {}
         for index, group in enumerate(self.param_groups):
-            rule, flags, use_gc, maximize = settings[index][:4]
+            rule, flags, use_gc = settings[index][:3]
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -256,7 +262,7 @@ class CruxyOptimizer(Optimizer):
                         "CruxyOptimizer does not support sparse gradients; "
                         "use dense ones (for example Embedding(sparse=False))"
                     )
-                state = self.state[p]
+                state, number = self.state[p], self._rows.number[p]
                 if not state:
                     self._init_state(p, rule, state)
                     self._rows.forget(p)  # where the state was cleared the tensor starts anew
@@ -268,11 +274,11 @@ class CruxyOptimizer(Optimizer):
                 if sharded:
                     grad, mesh = distributed.local_grad(p, grad), distributed.statistics_key(p)
                     p, state = distributed.local(p), distributed.local_state(state, p)
-                key = (rule, flags, use_gc, maximize, p.dtype, p.device, mesh)
+                key = (rule, flags, use_gc, p.dtype, p.device, mesh)
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = _Batch(*key)
-                batch.add(p, grad, state, row)
+                batch.add(p, grad, state, row, number)
         return list(batches.values())
 
     def _follow(self) -> list[Settings]:
@@ -290,10 +296,11 @@ class CruxyOptimizer(Optimizer):
 
     def _init_state(self, p: Tensor, rule: str, state: dict[str, Any]) -> None:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        for name in groups.RULES[rule].state:
-            if self.state_bits == 8:
-                state[name] = torch.zeros_like(p, dtype=torch.int8, memory_format=torch.contiguous_format)
-                state[groups.scale_name(name)] = distributed.scales_like(p)
+        for name in RULES[rule].state:
+            codec = CODECS[self.state_bits]
+            if codec.block:
+                state[name] = torch.zeros_like(p, dtype=codec.dtype, memory_format=torch.contiguous_format)
+                state[groups.scale_name(name)] = distributed.scales_like(p, codec)
             else:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
@@ -309,6 +316,7 @@ class CruxyOptimizer(Optimizer):
             meta_interval=self.meta_interval,
             bounds=self.bounds,
             guard=self.guard,
+            seed=self.seed,
         )
         return self._rows.values
 
@@ -409,56 +417,48 @@ class MetaLion(CruxyOptimizer):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, state_bits=state_bits, **kwargs)
 
 
+@dataclass
 class _Batch:
     """The tensors of one kind of update, as the parallel lists that the kernels take."""
 
-    def __init__(
-        self, rule: str, flags: tuple[bool, ...], use_gc: bool, maximize: bool, dtype: torch.dtype,
-        device: torch.device, mesh: Any,
-    ):  # fmt: skip
-        self.rule, self.device, self.mesh, self.centralise = rule, device, mesh, use_gc
-        self.maximize = maximize
-        self.flags = dict(zip(groups.RULES[rule].flags, flags, strict=True))
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.state: dict[str, list[Tensor]] = {}
-        self.rows: list[int] = []
+    rule: str
+    flags: tuple[bool, ...]
+    use_gc: bool
+    dtype: torch.dtype
+    device: torch.device
+    mesh: Any  # over which their statistics are combined
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    state: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
-    def add(self, param: Tensor, grad: Any, state: dict[str, Any], row: int) -> None:
+    def add(self, param: Tensor, grad: Tensor, state: dict[str, Any], row: int, number: int) -> None:
         self.params.append(param)
         self.grads.append(grad)
         for name, tensor in state.items():
             if name != "step":
                 self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
+        self.ids.append(number)
 
-    def telemetry(
-        self, gamma: float, grad_scale: Tensor | None, found_inf: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def telemetry(self, gamma: float, found_inf: Tensor | None, backend: str | None) -> Tensor:
         """The statistics of the gradients on all ranks, (n, 4): their sum is the total."""
-        part = kernels.gradient_telemetry(
-            self.grads, gamma=gamma, grad_scale=grad_scale, partial=self.mesh is None, backend=backend
-        )
+        part = kernels.gradient_telemetry(self.grads, gamma=gamma, partial=self.mesh is None, backend=backend)
         if self.mesh is None:
             return part
         if found_inf is not None:  # a rank's GradScaler knows only its own shards
             part[L.COUNT_NONFINITE] += found_inf.to(part.device, non_blocking=True).reshape(())
         return distributed.over_mesh(part, self.mesh)
 
-    def update(self, control: Tensor, grad_scale: Tensor | None, backend: str | None) -> None:
+    def update(self, control: Tensor, backend: str | None) -> None:
         grads = self.grads
-        if self.centralise:
+        if self.use_gc:
             grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in grads]
-        arguments = {"rows": self.rows, "grad_scale": grad_scale, "maximize": self.maximize, "backend": backend}
-        if self.rule == "lion":
-            kernels.lion_update_(
-                self.params, grads, self.state["exp_avg"], control,
-                exp_avg_scales=self.state.get("exp_avg_scale"), **arguments,
-            )  # fmt: skip
-        else:
-            kernels.adamw_update_(
-                self.params, grads, self.state["exp_avg"], self.state["exp_avg_sq"], control, **self.flags, **arguments
-            )
+        kernels.update_(
+            self.rule, self.params, grads, self.state, control.to(self.device, non_blocking=True),
+            rows=self.rows, ids=self.ids, backend=backend, **groups.named_flags(self.rule, self.flags),
+        )  # fmt: skip
 
 
 def _number(loss: Any) -> float | Tensor | None:
@@ -472,6 +472,10 @@ def _number(loss: Any) -> float | Tensor | None:
     if loss is None or groups.is_number(loss):
         return loss if loss is None else float(loss)
     raise TypeError(f"loss is a {type(loss).__name__}; expected a number or a one-element tensor")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return None if value is None else value.to(device, non_blocking=True)
 
 
 def _unknown_argument(name: str) -> str:

@@ -5,7 +5,6 @@ age of their own (the t of the bias corrections), and with it a row of their own
 bias correction they share the main row.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cruxy_kernels import RULES, control_inputs, new_control
 from cruxy_kernels import layout as L
-from cruxy_triton.groups import RULES, Group, Settings, rule_of
+from cruxy_triton.groups import Group, Settings, rule_of
+
+# Settings that a group has of its own in its rows.
+OWN = ("lr", "betas", "eps", "weight_decay", "maximize")
 
 
 class ControlRows:
@@ -22,11 +25,13 @@ class ControlRows:
 
     values: float32 (num_rows, layout.NUM_SLOTS).
     main: the main row of each group.
+    number: a number of its own for each tensor of the groups: its place in them.
     """
 
     def __init__(self) -> None:
         self.values = torch.zeros((0, L.NUM_SLOTS))
         self.main: list[int] = []
+        self.number: dict[Tensor, int] = {}
         self._groups: list[Group] = []
         self._params: list[Tensor] = []
         self._sizes: list[int] = []
@@ -71,9 +76,10 @@ class ControlRows:
         moved = {row: new for new, row in enumerate(kept)}
         self._row = {p: moved[row] for p, row in self._row.items()}
         self._groups, self._params, self._sizes = list(groups), params, sizes
+        self.number = {p: i for i, p in reversed(list(enumerate(params)))}  # of a repeated one, the first
         for index, group in enumerate(groups):
             if id(group) not in old:
-                row = first[0].clone() if len(first) else _fresh_row()
+                row = first[0].clone() if len(first) else new_control()[0]
                 row[L.META_BETA2] = group["betas"][1]
                 self._add(index, row)
         self.main = [self._group.index(index) for index in range(len(groups))]
@@ -139,8 +145,10 @@ class ControlRows:
     def write(self, settings: Sequence[Settings], **shared: Any) -> None:
         """Copy the groups' settings, and those that all share, into the rows where they changed."""
         if (settings, shared) != self._written:
-            inputs = torch.tensor([_inputs(settings[i], **shared) for i in self._group], pin_memory=self.values.is_cuda)
-            self.values[:, : inputs.shape[1]].copy_(inputs, non_blocking=True)
+            own = [{name: getattr(s, name) for name in OWN} for s in settings]
+            table = [control_inputs(**own[index], **shared) for index in self._group]
+            inputs = torch.tensor(table, pin_memory=self.values.is_cuda)
+            self.values[:, : L.NUM_INPUTS].copy_(inputs, non_blocking=True)
             self._written = list(settings), shared
         for row, index in enumerate(self._group):
             lr = self._groups[index]["lr"]
@@ -165,31 +173,3 @@ class ControlRows:
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two lists hold the same objects."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _fresh_row() -> Tensor:
-    row = torch.zeros(L.NUM_SLOTS)
-    row[L.LR_SCALE] = 1
-    return row
-
-
-def _inputs(
-    settings: Settings,
-    *,
-    gamma: float,
-    meta_lr_eta: float,
-    meta_lr_beta2: float,
-    meta_interval: int,
-    bounds: tuple[float, float] | None,
-    guard: bool,
-) -> list[float]:
-    """The inputs of a row in the order of their slots."""
-    low, high = bounds or (-math.inf, math.inf)
-    lr_low, lr_high = (L.SDK_LR_MIN, L.SDK_LR_MAX) if bounds is None else (-math.inf, math.inf)
-    values = {
-        L.LR: settings.lr, L.WEIGHT_DECAY: settings.weight_decay, L.BETA1: settings.betas[0],
-        L.BETA2: settings.betas[1], L.EPS: settings.eps, L.GAMMA: gamma, L.META_LR_ETA: meta_lr_eta,
-        L.META_LR_BETA2: meta_lr_beta2, L.META_INTERVAL: meta_interval, L.SCALE_MIN: low, L.SCALE_MAX: high,
-        L.LR_MIN: lr_low, L.LR_MAX: lr_high, L.GUARD: guard,
-    }  # fmt: skip
-    return [float(values.get(slot, 0.0)) for slot in range(L.NUM_INPUTS)]

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cruxy_kernels.launch import register_limit
+from ..launch import register_limit
 
 # Threads, registers, blocks and shared memory (KiB) of a multiprocessor. CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability".

@@ -1,8 +1,8 @@
 """The step's large loops on a CPU, compiled from native.cpp on first use: one pass over memory for many tensors.
 
-PyTorch operators (reference.py) read and write every buffer a dozen times; a fused loop does it once. A C++
-compiler is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.py tells. Serves fp32
-parameters and gradients on the CPU; what else a step needs (control law, codec) is reference.py's.
+PyTorch operators (pieces.py) read and write every buffer a dozen times; a fused loop does it once. A C++ compiler
+is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.py tells. Serves fp32 parameters and
+gradients on the CPU; what else a step needs (control law, codec) is small.
 
 The shared object lies in $CRUXY_CACHE, or cruxy-triton in the user's cache folder, under a name that depends on
 source, compiler and processor.
@@ -16,24 +16,26 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cruxy_kernels import layout as L
-from cruxy_kernels.codec_reference import scale_count
+from ..laws import layout as L
+from ..rules import Rule
 
 SOURCE = Path(__file__).with_name("native.cpp")
-# No fused multiply-add: codes and signs are then those of the PyTorch twin.
+# No fused multiply-add: codes and signs are then those of the specification.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
 # Below this a step takes less time than the compiler would: PyTorch serves it.
 MIN_ELEMENTS = 1 << 18
 _ROW = 8  # int64 columns of native.cpp's Row
 _COMPILE_SECONDS = 300
+RULES_SERVED = ("lion", "adamw")  # the functions of native.cpp
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,11 +60,11 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} could not build native.cpp: {detail.strip().splitlines()[-1]}"
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     flag = ctypes.c_int
-    loaded.telemetry.argtypes = [pointer, integer, real, real, flag, pointer, flag]
-    loaded.lion.argtypes = [pointer, integer, pointer, pointer, flag, flag]
-    loaded.adamw.argtypes = [pointer, integer, pointer, pointer, flag, flag, flag]
-    for function in (loaded.telemetry, loaded.lion, loaded.adamw):
-        function.restype = None
+    loaded.telemetry.argtypes = [pointer, integer, real, flag, pointer, flag]
+    for name in RULES_SERVED:
+        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, flag, flag, flag]
+    for name in ("telemetry", *RULES_SERVED):
+        getattr(loaded, name).restype = None
     return loaded, f"loops compiled by {version}"
 
 
@@ -94,9 +96,7 @@ def _compile(compiler: str, path: Path) -> None:
     os.close(handle)
     try:
         command = [compiler, *FLAGS, "-o", temporary, str(SOURCE)]
-        run = functools.partial(
-            subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS
-        )
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
         try:
             run([*command, "-march=native"])
         except subprocess.CalledProcessError:  # some compilers and processors have no "native"
@@ -107,37 +107,36 @@ def _compile(compiler: str, path: Path) -> None:
             os.unlink(temporary)
 
 
-def obstacle(tensors: Sequence[Tensor], momentum: Sequence[Tensor] = ()) -> str | None:
-    """Why these tensors cannot be served, or None."""
+def obstacle(tensors: Sequence[Tensor], state: Sequence[Tensor] = ()) -> str | None:
+    """Why these parameters, gradients and state buffers cannot be served, or None."""
     dtypes = {t.dtype for t in tensors}
     if dtypes - {torch.float32}:
         return f"{', '.join(sorted(map(str, dtypes)))} parameters or gradients: it needs float32"
-    dtypes = {t.dtype for t in momentum}
+    dtypes = {t.dtype for t in state}
     if len(dtypes) > 1 or dtypes - {torch.float32, torch.int8}:
-        return f"{', '.join(sorted(map(str, dtypes)))} momentum: it needs float32 or int8"
+        return f"{', '.join(sorted(map(str, dtypes)))} state: it needs float32, or int8 codes"
     if not all([t.is_cpu and t.is_contiguous() for t in tensors]):
         return "tensors that are not contiguous or not on the CPU"
-    if not all([t.is_contiguous() for t in momentum]):
-        return "momentum that is not contiguous"
+    if not all([t.is_contiguous() for t in state]):
+        return "state that is not contiguous"
     return None
 
 
-class _Tables:
+class _Tables(threading.local):
     """The last tables made, by addresses; gradients that are made anew each step need a new one."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple, Tensor] = OrderedDict()
 
-    def get(self, columns: Sequence[Sequence[Tensor] | None], groups: Sequence[int] | None) -> Tensor:
+    def get(self, columns: Sequence[Sequence[Tensor] | None], rows: Sequence[int] | None) -> Tensor:
         first = next(column for column in columns if column is not None)
         count = len(first)
         zeros = [0] * count
         values = [zeros if column is None else [t.data_ptr() for t in column] for column in columns]
-        values += [[t.numel() for t in first], zeros if groups is None else list(groups)]
+        values += [[t.numel() for t in first], zeros if rows is None else list(rows)]
         key = tuple([tuple(column) for column in values])
         table = self._kept.get(key)
         if table is None:
-            _check_columns(columns)
             table = torch.tensor([*values, list(range(count))], dtype=torch.int64).T.contiguous()
             self._kept[key] = table
             if len(self._kept) > 16:
@@ -145,21 +144,6 @@ class _Tables:
         else:
             self._kept.move_to_end(key)
         return table
-
-
-def _check_columns(columns: Sequence[Sequence[Tensor] | None]) -> None:
-    """Raises ValueError where the tensors of a row differ in length, or scales do not fit their codes."""
-    for name, column in zip(("params", "grads", "exp_avgs", "scales", "exp_avg_sqs"), columns, strict=True):
-        if column is None:
-            continue
-        expected = [t.numel() for t in next(c for c in columns if c is not None)]
-        if name == "scales":
-            expected = [scale_count(n) for n in expected]
-            if any(t.dtype != torch.bfloat16 or not t.is_contiguous() for t in column):
-                raise TypeError("exp_avg_scales must be contiguous bfloat16 tensors, as quantize_blockwise makes them")
-        found = [t.numel() for t in column]
-        if found != expected:
-            raise ValueError(f"{name} have {found[:4]}... elements, expected {expected[:4]}...")
 
 
 _tables = _Tables()
@@ -172,95 +156,45 @@ def _loops() -> ctypes.CDLL:
     return loaded
 
 
-@torch.no_grad()
-def gradient_telemetry(
-    grads: Sequence[Tensor],
-    *,
-    gamma: float = 1.5,
-    grad_scale: Tensor | None = None,
-    per_tensor: bool = False,
-) -> Tensor:
-    """Statistics of all gradients; arguments, result and errors as `reference.gradient_telemetry`."""
-    if not 1.0 <= gamma <= 4.0:
-        raise ValueError(f"gamma is {gamma}; expected a value from 1 to 4")
+def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
+    """`dispatch.gradient_telemetry`: (len(grads), 4), or the totals (4,)."""
     out = torch.zeros((len(grads) if per_tensor else 1, L.NUM_TELEMETRY))
-    if not grads:
-        if per_tensor:
-            return out
-        raise ValueError("gradient_telemetry got no gradients; expected at least one tensor")
     table = _tables.get([None, grads, None, None, None], None)
-    scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    _loops().telemetry(
-        table.data_ptr(), len(table), scale, gamma, per_tensor, out.data_ptr(), torch.get_num_threads()
-    )
+    _loops().telemetry(table.data_ptr(), len(table), gamma, per_tensor, out.data_ptr(), torch.get_num_threads())
     return out if per_tensor else out[0]
 
 
-def _values(control: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
+def _values(control: Tensor) -> Tensor:
     """native.cpp's Values for each control row."""
-    factor = control[:, L.CLIP_COEF]
-    if grad_scale is not None:
-        factor = factor / grad_scale.reshape(()).to(factor)
     slots = control.unbind(1)
     step_size = slots[L.LR_OUT] * slots[L.BIAS_CORRECTION2_SQRT] / slots[L.BIAS_CORRECTION1]
     return torch.stack(
-        [slots[L.SKIP], -factor if maximize else factor, slots[L.LR_OUT], slots[L.WEIGHT_DECAY],
+        [slots[L.SKIP], slots[L.GRAD_FACTOR], slots[L.LR_OUT], slots[L.WEIGHT_DECAY],
          slots[L.BETA1_OUT], slots[L.BETA2_OUT], slots[L.EPS], step_size], dim=1
     )  # fmt: skip
 
 
-@torch.no_grad()
-def lion_update_(
+def update(
+    rule: Rule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]],
     control: Tensor,
-    *,
-    exp_avg_scales: Sequence[Tensor] | None = None,
-    rows: Sequence[int] | None = None,
-    lr_multipliers: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    maximize: bool = False,
+    rows: Sequence[int] | None,
+    lr_multipliers: Tensor | None,
+    flags: int,
 ) -> None:
-    """Lion in place; arguments, formula and errors as `reference.lion_update_`."""
-    table = _tables.get([params, grads, exp_avgs, exp_avg_scales, None], rows)
-    values = _values(control, grad_scale, maximize)
-    multipliers = None if lr_multipliers is None else lr_multipliers.float().contiguous()
-    _loops().lion(
+    """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
+    first = rule.state[0]
+    second = state[rule.state[1]] if len(rule.state) > 1 else None
+    table = _tables.get([params, grads, state[first], state.get(first + "_scale"), second], rows)
+    values = _values(control)
+    getattr(_loops(), rule.name)(
         table.data_ptr(),
         len(table),
         values.data_ptr(),
-        None if multipliers is None else multipliers.data_ptr(),
-        exp_avg_scales is not None,
-        torch.get_num_threads(),
-    )
-
-
-@torch.no_grad()
-def adamw_update_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    control: Tensor,
-    *,
-    rows: Sequence[int] | None = None,
-    lr_multipliers: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    maximize: bool = False,
-    nesterov: bool = True,
-    decoupled: bool = True,
-) -> None:
-    """AdamW in place; arguments, formula and errors as `reference.adamw_update_`."""
-    table = _tables.get([params, grads, exp_avgs, None, exp_avg_sqs], rows)
-    values = _values(control, grad_scale, maximize)
-    multipliers = None if lr_multipliers is None else lr_multipliers.float().contiguous()
-    _loops().adamw(
-        table.data_ptr(),
-        len(table),
-        values.data_ptr(),
-        None if multipliers is None else multipliers.data_ptr(),
-        nesterov,
-        decoupled,
+        None if lr_multipliers is None else lr_multipliers.data_ptr(),
+        first + "_scale" in state,
+        flags,
         torch.get_num_threads(),
     )

@@ -1,6 +1,6 @@
 // The step's large loops for CPUs, compiled on first use (native.py): telemetry, Lion and AdamW on fp32 tensors.
 //
-// The same arithmetic as reference.py, in one pass over memory and over many tensors at once. A row of the table
+// The same arithmetic as the specifications in laws/ and rules/, in one pass over memory and over many tensors at once. A row of the table
 // holds the addresses of parameter, gradient, exp_avg, exp_avg's scales and exp_avg_sq, the number of elements,
 // the control row and the position in the caller's list. Work is cut into chunks of 16,384 elements; sums are
 // taken in 64 lanes a chunk and chunk by chunk, so that they do not depend on the number of threads.
@@ -17,12 +17,12 @@
 namespace {
 
 constexpr int64_t CHUNK = 16384;
-constexpr int64_t BLOCK = 64;  // codec_reference.py
+constexpr int64_t BLOCK = 64;  // codec.py
 constexpr int LANES = 64;
 constexpr float K = 3.0f, LEVELS = 127.0f;  // SHARPNESS, LEVELS there
 
 struct Row {
-    int64_t param, grad, exp_avg, scales, exp_avg_sq, numel, group, index;
+    int64_t param, grad, exp_avg, scales, exp_avg_sq, numel, row, index;
 };
 
 // What an update reads from a control row; filled by native.py.
@@ -101,7 +101,7 @@ uint16_t encode(const float* m, int8_t* q) {
     int32_t level[BLOCK];
     for (int i = 0; i < BLOCK; ++i) {
         float a = std::fabs(m[i]);
-        float x = a * (0.125f * (1 + K) * LEVELS) / (base + a * (0.125f * K)) + 0.5f;
+        float x = a / (base + a * (0.125f * K)) * (0.125f * (1 + K) * LEVELS) + 0.5f;
         level[i] = int32_t(x < LEVELS ? x : LEVELS);
     }
     for (int i = 0; i < BLOCK; ++i) q[i] = int8_t(bits[i] < 0 ? -level[i] : level[i]);
@@ -183,13 +183,13 @@ void adamw_block(const Row& row, const Values& c, float step_size, int64_t start
 }
 
 template <int POWER>  // 3: gamma = 1.5; 4: gamma = 2; 0: any
-void statistics(const float* g, int64_t n, float scale, float gamma, float* out) {
+void statistics(const float* g, int64_t n, float gamma, float* out) {
     float power[LANES] = {}, square[LANES] = {}, largest[LANES] = {}, bad[LANES] = {};
     for (int64_t i = 0; i < n; i += LANES) {
         float values[LANES] = {};
         std::memcpy(values, g + i, n - i < LANES ? (n - i) * sizeof(float) : sizeof values);
         for (int j = 0; j < LANES; ++j) {
-            float a = std::fabs(values[j] * scale);
+            float a = std::fabs(values[j]);
             bool finite = a <= std::numeric_limits<float>::max();
             bad[j] += finite ? 0.0f : 1.0f;
             a = finite ? a : 0.0f;
@@ -211,16 +211,16 @@ void statistics(const float* g, int64_t n, float scale, float gamma, float* out)
 extern "C" {
 
 // totals: float (tensors, 4) when per_tensor, else (1, 4).
-void telemetry(const Row* rows, int64_t tensors, float scale, float gamma, int per_tensor, float* totals, int threads) {
+void telemetry(const Row* rows, int64_t tensors, float gamma, int per_tensor, float* totals, int threads) {
     auto pieces = cut(rows, tensors);
     std::vector<float> partials(pieces.size() * 4, 0.0f);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const float* g = at<const float>(rows[piece.tensor].grad) + piece.start;
         float* out = &partials[4 * i];
-        if (gamma == 1.5f) statistics<3>(g, piece.length, scale, gamma, out);
-        else if (gamma == 2.0f) statistics<4>(g, piece.length, scale, gamma, out);
-        else statistics<0>(g, piece.length, scale, gamma, out);
+        if (gamma == 1.5f) statistics<3>(g, piece.length, gamma, out);
+        else if (gamma == 2.0f) statistics<4>(g, piece.length, gamma, out);
+        else statistics<0>(g, piece.length, gamma, out);
     });
     std::vector<double> sums(4 * (per_tensor ? tensors : 1), 0.0);
     for (size_t i = 0; i < pieces.size(); ++i) {
@@ -232,12 +232,13 @@ void telemetry(const Row* rows, int64_t tensors, float scale, float gamma, int p
 }
 
 // values: one for each control row. multipliers: float, by Row::index, or null.
-void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int coded, int threads) {
+void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int coded, int,
+          int threads) {
     auto pieces = cut(rows, tensors);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const Row& row = rows[piece.tensor];
-        const Values& c = values[row.group];
+        const Values& c = values[row.row];
         if (c.skip != 0) return;
         float lr = multipliers ? c.lr * multipliers[row.index] : c.lr;
         auto block = coded ? lion_block<true> : lion_block<false>;
@@ -246,13 +247,14 @@ void lion(const Row* rows, int64_t tensors, const Values* values, const float* m
     });
 }
 
-void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int nesterov,
-           int decoupled, int threads) {
+void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int, int flags,
+           int threads) {
+    const bool nesterov = flags & 1, decoupled = flags & 2;  // the order of rules/adamw.py
     auto pieces = cut(rows, tensors);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const Row& row = rows[piece.tensor];
-        const Values& c = values[row.group];
+        const Values& c = values[row.row];
         if (c.skip != 0) return;
         float step = multipliers ? c.step_size * multipliers[row.index] : c.step_size;
         auto block = nesterov ? (decoupled ? adamw_block<true, true> : adamw_block<true, false>)
