@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,14 +40,22 @@ NON_NEGATIVE = (
 )  # fmt: skip
 
 
-def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """torch's state_dict of an optimizer, without views of the control tensor; states are shared, as in torch."""
-    state = {
-        key: {**value, "step": value["step"].clone()} if isinstance(value.get("step"), Tensor) else value
-        for key, value in state_dict["state"].items()
+def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    """The state_dict of these groups and states. Moments are shared with the optimizer, as in torch.
+
+    A state whose tensor is in no group (any more) is left out.
+    """
+    index = {p: place for place, p in enumerate(chain.from_iterable(group["params"] for group in param_groups))}
+    packed = [
+        {**group, "control": group["control"].clone(), "params": [index[p] for p in group["params"]]}
+        for group in param_groups
+    ]
+    states = {
+        index.get(key, key): {**value, "step": value["step"].clone()} if "step" in value else value
+        for key, value in state.items()
+        if key in index or not isinstance(key, Tensor)
     }
-    param_groups = [{**group, "control": group["control"].clone()} for group in state_dict["param_groups"]]
-    return {**state_dict, "state": state, "param_groups": param_groups}
+    return {"state": states, "param_groups": packed}
 
 
 @dataclass

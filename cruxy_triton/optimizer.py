@@ -367,8 +367,16 @@ class CruxyOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit; `checkpoint.py` says in which form."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._rows.follow(self.param_groups)
         self._rows.link(self.state, self.mode)
-        return checkpoint.pack(super().state_dict())
+        state_dict = checkpoint.pack(self.param_groups, self.state)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; see `checkpoint.read` for what is taken over and what is refused."""

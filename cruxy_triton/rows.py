@@ -76,7 +76,7 @@ class ControlRows:
         moved = {row: new for new, row in enumerate(kept)}
         self._row = {p: moved[row] for p, row in self._row.items()}
         self._groups, self._params, self._sizes = list(groups), params, sizes
-        self.number = {p: i for i, p in reversed(list(enumerate(params)))}  # of a repeated one, the first
+        self.number = {p: place for place, p in enumerate(params)}
         for index, group in enumerate(groups):
             if id(group) not in old:
                 row = first[0].clone() if len(first) else new_control()[0]
