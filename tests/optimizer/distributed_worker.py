@@ -202,6 +202,7 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    warnings.simplefilter("error", FutureWarning)  # a step must not announce the end of what it calls, again and again
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for scenario in SCENARIOS:
         scenario(rank, world, folder)
