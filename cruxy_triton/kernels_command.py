@@ -1,6 +1,6 @@
 """`cruxy-triton kernels`: every kernel cross-compiled for named architectures, and what each needs there.
 
-No GPU is used. Exit code 1 when a limit is broken: spills, more than 64 registers a thread, parameters or
+No GPU is used. Exit code 1 when a limit is broken: spills, more than 64 registers per thread, parameters or
 gradients not loaded 128 bits at a time, or an instruction that the project does not allow.
 """
 
