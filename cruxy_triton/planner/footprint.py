@@ -46,6 +46,7 @@ FINETUNE_OPTIMIZERS = {
     "lion-fp32": ("cruxy-lion", 32),
     "lion-8bit": ("cruxy-lion", 8),
     "torch-adamw": ("adamw", 32),
+    "sgd": ("sgd", 32),
 }
 
 
