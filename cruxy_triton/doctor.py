@@ -1,7 +1,5 @@
-"""`cruxy-triton doctor`: versions, devices, the backend and why, known problems and what to do about each."""
+"""What this machine has: versions, devices, the backend and why, known problems and what to do about each."""
 
-import argparse
-import json
 import os
 import platform
 import shutil
@@ -17,17 +15,6 @@ class Problem:
     severity: str
     what: str
     remedy: str
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-
-
-def run(args: argparse.Namespace) -> int:
-    findings = examine()
-    print(json.dumps(findings, indent=2) if args.json else render(findings))
-    return 1 if any(p["severity"] == "error" for p in findings["problems"]) else 0
 
 
 def examine() -> dict[str, Any]:

@@ -40,6 +40,7 @@ REQUIRED_GAIN = 0.5
 # The best of eight or nine rates by median over three seeds (profiles/measured/learning_rates_demo.json). A model
 # this small wants far larger ones than the defaults.
 LEARNING_RATES = {"adamw": 7e-3, "cruxy": 2e-2, "cruxy-lion": 5e-3}
+LORA_R = 8  # what they were measured with
 STEPS = 200
 LENGTH = 128
 

@@ -17,7 +17,7 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
 from cruxy_triton.finetune import load, memory, report
 from cruxy_triton.finetune.folder import RunFolder
-from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
+from cruxy_triton.finetune.recipe import Recipe
 
 PACKAGES = (
     "cruxy-triton",
@@ -102,6 +102,8 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     longest = load.max_length_of(config)
     if longest is not None and recipe.max_seq_length is not None and recipe.max_seq_length > longest:
         raise UserError(f"--max-seq-length {recipe.max_seq_length} is beyond the {longest} tokens of {recipe.model}")
+    if longest is not None and recipe.sample_tokens >= longest:
+        raise UserError(f"--sample-tokens {recipe.sample_tokens} is beyond the {longest} tokens of {recipe.model}")
     tokenizer = load.tokenizer_of(recipe)
     data = data_module.load(
         recipe.data,
@@ -126,9 +128,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         hooks.say(line)
     memory.limit(recipe, device)
 
-    if plan is not None and plan.config.attention == "efficient":
-        load.expand_key_value_heads()
-    attention = None if plan is None else "eager" if plan.config.attention == "eager" else "sdpa"
+    attention = load.use_attention(recipe.attention, device)
     model = load.add_lora(load.model_of(recipe, config, device, dtype, attention), recipe)
     # Imported here: TRL takes seconds, and everything above can already have refused the input.
     from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry, Trainer
@@ -149,7 +149,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     run: dict[str, Any] = saved or {
         "status": "running",
         "recipe": recipe.to_dict(),
-        "lr": DEFAULT_LR[recipe.optimizer] if recipe.lr is None else recipe.lr,
+        "lr": recipe.lr,
         "data_sha256": data.fingerprint,
         "records": {"train": len(data.train), "held_out": len(data.held_out), "form": data.form, **lengths},
         "trainable_parameters": trainable,

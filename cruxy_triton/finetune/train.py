@@ -23,19 +23,19 @@ from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton.finetune.data import Data
 from cruxy_triton.finetune.folder import RunFolder
-from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
+from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.optimizer import CruxyOptimizer
 
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer over `parameters` (float32 adapters)."""
-    lr = DEFAULT_LR[recipe.optimizer] if recipe.lr is None else recipe.lr
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer in ("adamw", "sgd"):
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
+        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return CruxyOptimizer(
         parameters,
         mode=recipe.mode,
-        lr=lr,
+        lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
@@ -73,7 +73,7 @@ class Trainer(SFTTrainer):
             fp16=dtype is torch.float16,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
-            max_grad_norm=0.0 if recipe.optimizer != "adamw" else 1.0,  # ours clips inside its update
+            max_grad_norm=0.0 if recipe.optimizer.startswith("cruxy") else 1.0,  # ours clips inside its update
             save_strategy="steps",
             save_steps=recipe.save_steps,
             save_only_model=False,
@@ -120,6 +120,11 @@ class Trainer(SFTTrainer):
         # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
+        trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
+        return trainer.compute_loss(*args, **kwargs)
 
     def _give_loss(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {**kwargs, "loss": self.step_loss}

@@ -1,7 +1,7 @@
 """The memory planner: does this training run fit this card, and which configuration is best?
 
 from cruxy_triton.planner import plan
-answer = plan("tinyllama-1.1b", "gtx1650", seq=1024)
+answer = plan("tinyllama-1.1b", "gtx1650", max_seq_length=1024)
 if answer.fits: print(answer.config)
 """
 

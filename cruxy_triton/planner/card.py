@@ -14,34 +14,11 @@ from typing import Any
 
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.lookup import profiles, read_toml, simple, unknown
+from cruxy_triton.settings import parse_bytes
 
 MiB = 2**20
 GiB = 2**30
 SYSTEMS = ("linux", "linux-desktop", "windows")
-
-_UNITS = {
-    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "k": 2**10, "m": 2**20, "g": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
-_SMALLEST = 256 * MiB
-_LARGEST = 4096 * GiB
-
-
-def parse_bytes(text: str | int) -> int:
-    """`"4GiB"`, `"3900 MiB"`, `"6g"` or a number of bytes as an int.
-
-    Raises UserError for anything else, and for budgets below 256 MiB or above 4 TiB, which nobody means.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
-    if match is None or match.group(2).lower() not in _UNITS:
-        raise UserError(f"not an amount of memory: {text!r}; write it as 4GiB, 3900MiB or a number of bytes")
-    value = float(match.group(1)) * _UNITS[match.group(2).lower()]
-    if not _SMALLEST <= value <= _LARGEST:
-        raise UserError(
-            f"a budget of {text} is {value / GiB:.4g} GiB; the planner takes 256 MiB to 4 TiB. "
-            "Was the unit forgotten? Write for example 4GiB"
-        )
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -65,6 +42,7 @@ class Card:
     device: str = "cuda"
     sources: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    budget_bytes: int | None = None  # where the card is nothing but an amount of memory
 
     @property
     def bf16(self) -> bool:
@@ -101,6 +79,13 @@ class Card:
             return ("sdpa-cpu", "eager")
         return ("flash", "efficient", "eager", "math") if self.bf16 else ("efficient", "eager", "math")
 
+    def attention(self, asked: str | None) -> str:
+        """The kernel that is asked for, or the best one. Raises UserError where it does not run here."""
+        if asked is not None and asked not in self.attention_kinds:
+            kinds = ", ".join(self.attention_kinds)
+            raise UserError(f"--attention {asked} does not run on {self.name}; it has {kinds}")
+        return asked or self.attention_kinds[0]
+
     @classmethod
     def cpu(cls, ram_bytes: int | str) -> Card:
         """A CPU run in `ram_bytes` of memory: float32, no CUDA context. The interpreter and its libraries come on
@@ -114,6 +99,7 @@ class Card:
             context_bytes=0,
             context_error_bytes=0,
             device="cpu",
+            budget_bytes=amount,
             note="the interpreter and its libraries are not counted: the budget is what is free once they are loaded",
         )
 
@@ -130,9 +116,20 @@ class Card:
             vram_bytes=number,
             usable={"any": number},
             capability=capability,
+            budget_bytes=number,
             note="a plain budget: context included, compute capability "
             f"{capability[0]}.{capability[1]} assumed, no step time",
         )
+
+    def within(self, budget: int | None) -> Card:
+        """This card cut down to `budget` bytes for the process, or itself. Raises UserError for more than it has."""
+        if budget is None:
+            return self
+        if budget > self.vram_bytes:
+            raise UserError(
+                f"--vram of {budget / MiB:,.0f} MiB is more than {self.name} has ({self.vram_bytes / MiB:,.0f} MiB)"
+            )
+        return Card.budget(budget, self.capability)
 
     @classmethod
     def detect(cls) -> Card:

@@ -37,7 +37,7 @@ OPTIMIZERS = {
     "lion-fp32": Optimizer(1, finetune="cruxy-lion"),
     "lion-8bit": Optimizer(1, 8, finetune="cruxy-lion"),
     "torch-adamw": Optimizer(2, transient=4, finetune="adamw"),
-    "sgd": Optimizer(0),
+    "sgd": Optimizer(0, finetune="sgd"),
 }
 # The same by what `cruxy-triton finetune` calls them: (--optimizer, --state-bits)
 FINETUNE_OPTIMIZERS = {name: (x.finetune, x.bits) for name, x in OPTIMIZERS.items() if x.finetune}

@@ -1,6 +1,6 @@
 """`cruxy-triton kernels`: every kernel cross-compiled for named architectures, and what each needs there.
 
-No GPU is used. Exit code 1 when a limit is broken: spills, more than 64 registers a thread, parameters or
+No GPU is used. Exit code 1 when a limit is broken: spills, more than 64 registers per thread, parameters or
 gradients not loaded 128 bits at a time, or an instruction that the project does not allow.
 """
 
@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from cruxy_triton.cli.arguments import columns
 from cruxy_triton.errors import UserError
 
 # The LoRA adapters (r=8, all linears) of TinyLlama: the census that predicted times are for.
@@ -38,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 replaces the compiler; unset it to cross-compile")
     try:
-        from cruxy_kernels.resources import ARCHITECTURES
-        from cruxy_kernels.variants import all_variants
+        from cruxy_kernels.inspect.resources import ARCHITECTURES
+        from cruxy_kernels.inspect.variants import all_variants
     except ImportError as error:
         raise UserError(f"cross-compiling needs triton, which cannot be imported here ({error})") from error
 
@@ -100,8 +101,8 @@ def chosen_bandwidth(args: argparse.Namespace) -> tuple[float | None, str | None
 
 def inspect_one(item: tuple[str, int]) -> dict[str, Any]:
     """One variant on one architecture, as plain data."""
-    from cruxy_kernels.resources import broken_limits, inspect
-    from cruxy_kernels.variants import all_variants
+    from cruxy_kernels.inspect.resources import broken_limits, inspect
+    from cruxy_kernels.inspect.variants import all_variants
 
     name, arch = item
     variant = next(v for v in all_variants() if v.name == name)
@@ -140,11 +141,9 @@ def table(rows: list[dict[str, Any]], bandwidth: float | None, where: str | None
         if bandwidth:
             line.append(f"{row['predicted_ms']:.3f}" if row["predicted_ms"] else "-")
         lines.append(line)
-    widest = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widest, strict=True)) for line in [heads, *lines]]
-    text.append("")
+    text = [columns([heads, *lines])]
     if bandwidth:
         text.append(f"ms: predicted, {parameters:,} parameters at {bandwidth:g} GB/s ({where}); no card was measured")
     broken = [f"{row['name']} on sm_{row['arch']}: {problem}" for row in rows for problem in row["broken"]]
     text += [f"broken: {line}" for line in broken] or [f"{len(rows)} variants, no limit broken"]
-    return "\n".join(line.rstrip() for line in text) + "\n"
+    return "\n".join(text) + "\n"
