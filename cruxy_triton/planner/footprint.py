@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from cruxy_triton.errors import UserError
 from cruxy_triton.planner.ledger import Ledger
 from cruxy_triton.planner.step import Step
 from cruxy_triton.planner.walk import walk
@@ -62,5 +63,30 @@ def extrapolated(run: Callable[[Step], Ledger], step: Step, few: int, more: int)
 
 
 def footprint(step: Step) -> Footprint:
-    """The peak of each phase and what it is made of."""
-    return extrapolated(walk, step, 2, 3)
+    """The peak of each phase and what it is made of: by walks, or by traces of a type that is none of `families`."""
+    learned = step.shape.learned
+    if learned is None:
+        return extrapolated(walk, step, 2, 3)
+    few = max(2, learned.period)
+    return extrapolated(lambda step: _traced(step, 1), step, few, few + learned.period)
+
+
+def allocations(step: Step) -> list[tuple[int, int]]:
+    """Every allocation and release of the whole model's step, in order, for `replay`."""
+    run = walk(step, record=True) if step.shape.learned is None else _traced(step, 2)
+    return run.events or []
+
+
+def _traced(step: Step, steps: int) -> Ledger:
+    from cruxy_triton.planner.trace import trace
+
+    try:
+        return trace(step, steps)
+    except UserError:
+        raise
+    except Exception as error:  # other people's model code, on a device that it does not know
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{step.shape.name}: the planner cannot follow a training step of model_type {step.shape.model_type!r} "
+            f"({type(error).__name__}: {why})"
+        ) from error

@@ -115,7 +115,12 @@ def _torch(step: Step, autocast: Autocast | None) -> Iterator[Any]:
         return autocast.dtype if autocast is not None else torch.float32
 
     attention = _sdpa(step.attention)
+
+    def no_autocast(*args, **kwargs):
+        return nullcontext()
+
     yield mock.patch.object(torch, "is_autocast_enabled", autocast_enabled)
+    yield mock.patch.object(torch, "autocast", no_autocast)
     yield mock.patch.object(F, "softmax", fused_softmax)
     yield mock.patch.object(F, "dropout", dropout)
     if autocast is not None:
@@ -128,7 +133,7 @@ def _torch(step: Step, autocast: Autocast | None) -> Iterator[Any]:
     yield mock.patch.object(F, "scaled_dot_product_attention", attention)
 
 
-def _trl() -> Iterator[Any]:
+def _trl(step: Step) -> Iterator[Any]:
     """TRL's tiled head as it runs on a card, whose Triton kernels allocate nothing."""
     import trl.kernels.chunked_logprob as chunked
 
@@ -144,6 +149,8 @@ def _trl() -> Iterator[Any]:
         light: Any = types.ModuleType("trl.trainer.utils")
         light.maybe_gather_lm_head_ctx = lambda weight, bias: nullcontext()
         yield mock.patch.dict(sys.modules, {"trl.trainer.utils": light})
+    if step.device == "cpu":
+        return
     yield mock.patch.object(chunked, "_use_triton", triton_runs)
     yield mock.patch.object(chunked, "_forward_kernel", _NoKernel())
     yield mock.patch.object(chunked, "_backward_kernel", _NoKernel())
@@ -167,10 +174,39 @@ def _masks(step: Step, model: Any) -> Iterator[Any]:
             yield mock.patch.object(module, name, make)
 
 
+def _cpu() -> Iterator[Any]:
+    """The CPU's SDPA kernel; everything else runs as it is."""
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+
+    def autocast_enabled(device="meta"):
+        return False
+
+    yield mock.patch.object(F, "scaled_dot_product_attention", attention)
+    yield mock.patch.object(torch, "is_autocast_enabled", autocast_enabled)
+
+
+def _experts() -> Iterator[Any]:
+    """transformers' own product of grouped experts, which has a form without values; torch's is for bfloat16 alone."""
+    try:
+        from transformers.integrations import moe
+    except ImportError:
+        return
+
+    def can_use_grouped_mm(input, weight, offs):
+        return False
+
+    yield mock.patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm)
+
+
 @contextmanager
 def stand_ins(step: Step, autocast: Autocast | None, model: Any) -> Iterator[None]:
-    """Everything of this file in place."""
+    """Everything of this file in place, as far as the step's device needs it."""
+    patches = [*_masks(step, model), *_experts(), *(_trl(step) if step.chunked_loss else ())]
     with ExitStack() as stack:
-        for patch in (*_torch(step, autocast), *(_trl() if step.chunked_loss else ()), *_masks(step, model)):
+        for patch in (*patches, *(_cpu() if step.device == "cpu" else _torch(step, autocast))):
             stack.enter_context(patch)
         yield

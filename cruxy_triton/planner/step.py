@@ -61,8 +61,8 @@ class Step:
 
     def lora_parameters(self) -> int:
         """Trainable elements of all adapters."""
-        per_layer = sum(self.lora_r * (x.rows + x.cols) for x in self.shape.linears() if x.name in self.targets)
-        return per_layer * self.shape.num_hidden_layers
+        linears = [(x.rows + x.cols, count) for x, count in self.shape.all_linears() if x.name in self.targets]
+        return sum(self.lora_r * ends * count for ends, count in linears)
 
     def trainable_parameters(self) -> int:
         return self.lora_parameters() if self.lora_r else self.shape.parameters

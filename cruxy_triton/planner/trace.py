@@ -27,7 +27,7 @@ from cruxy_triton.planner import workspaces
 from cruxy_triton.planner.ledger import Ledger, Storage
 from cruxy_triton.planner.loading import Weight, load
 from cruxy_triton.planner.losses import TILE_VOCABULARY
-from cruxy_triton.planner.meta_model import build
+from cruxy_triton.planner.meta_model import build, dtype_of
 from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.stand_ins import Autocast, stand_ins
@@ -199,17 +199,18 @@ def _watch(step: Step, model: Any, recorder: Recorder) -> None:
 
 
 def trace(step: Step, steps: int = 2) -> Ledger:
-    """Run `steps` optimizer steps of `step` on meta for a CUDA card; what they allocated. As `walk.walk`.
+    """Run `steps` optimizer steps of `step` on meta; what they allocate on the step's device. As `walk.walk`, but a
+    single step finds the optimizer's state in place: the peaks of two in half the time, not their allocations' order.
 
     Raises ImportError where transformers, peft, trl or bitsandbytes is needed and missing.
     """
-    recorder = Recorder(step.round_to, workspace_bytes)
+    recorder = Recorder(step.round_to, workspace_bytes if step.device == "cuda" else None)
     ledger = recorder.ledger
     model = build(step)
     packed = _place(step, model, recorder)
     ledger.enter("loaded")
     _watch(step, model, recorder)
-    autocast = Autocast(torch.bfloat16 if step.precision == "bfloat16" else torch.float16) if step.autocast else None
+    autocast = Autocast(dtype_of(step)) if step.autocast else None
     with stand_ins(step, autocast, model), recorder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _run(step, model, recorder, autocast, steps)
@@ -231,6 +232,16 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         if step.cublas_workspace and len(workspaces) < 2:
             workspaces.append(Storage(ledger, step.cublas_workspace, "workspaces"))
 
+    def make_state() -> None:
+        with ledger.booked_as("optimizer state"):
+            state.extend(_bytes(size) for p in trained for size in optimizer.tensors(p.numel()))
+
+    if steps == 1:
+        make_state()
+        if step.accumulation > 1:
+            with ledger.booked_as("gradients"):
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
     for index in range(steps):
         ledger.component = "activations"
         ids, mask, labels = (torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3))
@@ -249,9 +260,8 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         output = None
         del loss, ids, mask, labels
         ledger.enter("optimizer")
-        ledger.component = "optimizer state"
         if not state:
-            state = [_bytes(size) for p in trained for size in optimizer.tensors(p.numel())]
+            make_state()
         with ledger.booked_as("workspaces"):
             held = [_bytes(p.numel() * optimizer.transient) for p in trained if optimizer.transient]
             del held
