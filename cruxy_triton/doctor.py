@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
     """All findings as plain data: versions, system, devices, backend and problems."""
     import torch
 
-    from cruxy_triton.finetune.run import versions
+    from cruxy_triton.environment import versions
 
     problems: list[Problem] = []
     devices = _devices(problems)

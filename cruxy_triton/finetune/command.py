@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from cruxy_triton.environment import require_train_extra
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import DEVICES, DTYPES, OPTIMIZERS, SCHEDULES, Recipe
 
@@ -85,6 +86,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_train_extra()
     _environment()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     if args.json:  # standard output is for the result alone
@@ -134,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         say(f"interrupted: checkpoint of step {result.step} saved; continue with")
         say(f"  cruxy-triton finetune --resume --output {recipe.output}")
-        return 130
+        return 128 + result.signal
     return _finish(result, args, say)
 
 
@@ -162,7 +164,7 @@ def _complete(given: dict[str, Any], is_demo: bool) -> dict[str, Any]:
         from cruxy_triton.finetune import demo
 
         defaults = {
-            "output": "runs/demo",
+            "output": demo.free_output(),
             "max_seq_length": demo.LENGTH,
             "max_steps": demo.STEPS,
             "lr": demo.LEARNING_RATES[given.get("optimizer", "cruxy")],

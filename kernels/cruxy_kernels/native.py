@@ -48,7 +48,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
             [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
         ).stdout.partition("\n")[0]
         key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), version.encode(), _processor()]))
-        folder = _cache_folder()
+        folder = _build_folder()
         path = folder / f"native-{key.hexdigest()[:20]}.so"
         if not path.exists():
             _compile(compiler, path)
@@ -75,10 +75,15 @@ def _processor() -> bytes:
         return f"{platform.machine()} {platform.processor()}".encode()
 
 
-def _cache_folder() -> Path:
-    chosen = os.environ.get("CRUXY_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(chosen) if chosen else base / "cruxy-triton"
+def cache_folder() -> Path:
+    """CRUXY_CACHE, or cruxy-triton in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    if chosen := os.environ.get("CRUXY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cruxy-triton"
+
+
+def _build_folder() -> Path:
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):

@@ -207,7 +207,7 @@ def test_overwrite_replaces_a_run_and_changed_data_stops_a_resume(small_model, q
     assert record(command.folder / "run") == first
 
     process = command.start(*words, "--overwrite", "--seed", "3")
-    while not (command.folder / ".run.previous").exists():  # until then run/ still holds the earlier metrics
+    while not (command.folder / "run.previous").exists():  # until then run/ still holds the earlier metrics
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     wait_for_steps(command.folder / "run", 1, process)
@@ -217,7 +217,7 @@ def test_overwrite_replaces_a_run_and_changed_data_stops_a_resume(small_model, q
     refused = command("finetune", "--resume", "--output", "run")
     assert refused.returncode == 2
     assert "has changed since" in refused.stderr
-    assert record(command.folder / ".run.previous") == first, "the overwritten run is safe until the new one is done"
+    assert record(command.folder / "run.previous") == first, "the overwritten run is safe until the new one is done"
 
 
 def test_conversations_with_a_chat_model(small_model, command) -> None:
