@@ -19,6 +19,7 @@ import json
 import math
 import random
 import statistics
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -246,7 +247,7 @@ def _decode(path: Path) -> str:
             f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); expected JSONL, CSV or plain text, as "
             "it is or in .gz, or .parquet"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -166,16 +166,18 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
     assert (command.folder / "whole" / adapter).read_bytes() == (command.folder / "broken" / adapter).read_bytes()
 
 
-def test_ctrl_c_saves_first_and_the_run_goes_on(small_model, questions: Path, command) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_first_and_the_run_goes_on(number: int, small_model, questions: Path, command) -> None:
     words = ("finetune", small_model(), "--data", questions, *RESUMED)
     whole = command(*words, "--output", "whole")
     assert whole.returncode == 0, whole.stderr
 
     process = command.start(*words, "--output", "broken")
     wait_for_steps(command.folder / "broken", 7, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
+    assert "stopping: finishing this step" in output
     assert "--resume --output" in output
     run = record(command.folder / "broken")
     assert run["status"] == "interrupted"
