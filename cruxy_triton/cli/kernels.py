@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 replaces the compiler; unset it to cross-compile")
     try:
-        from cruxy_kernels.resources import ARCHITECTURES
-        from cruxy_kernels.variants import all_variants
+        from cruxy_kernels.inspect.resources import ARCHITECTURES
+        from cruxy_kernels.inspect.variants import all_variants
     except ImportError as error:
         raise UserError(f"cross-compiling needs triton, which cannot be imported here ({error})") from error
 
@@ -101,8 +101,8 @@ def chosen_bandwidth(args: argparse.Namespace) -> tuple[float | None, str | None
 
 def inspect_one(item: tuple[str, int]) -> dict[str, Any]:
     """One variant on one architecture, as plain data."""
-    from cruxy_kernels.resources import broken_limits, inspect
-    from cruxy_kernels.variants import all_variants
+    from cruxy_kernels.inspect.resources import broken_limits, inspect
+    from cruxy_kernels.inspect.variants import all_variants
 
     name, arch = item
     variant = next(v for v in all_variants() if v.name == name)

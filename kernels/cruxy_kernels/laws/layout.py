@@ -1,4 +1,4 @@
-"""The control vector: named slots of one fp32 row a parameter group, and the constants of the laws.
+"""The control vector: named slots of one fp32 row per parameter group, and the constants of the laws.
 
 `control` is one contiguous float32 tensor of shape (num_rows, NUM_SLOTS). A row belongs to a parameter
 group (tensors that join a group later get a row of their own, with the same statistics and their own AGE).
@@ -9,9 +9,11 @@ rate, the betas and what follows from them are the row's own. Three runs of slot
     [NUM_INPUTS, OUTPUTS)    state:   what one step hands to the next; all of it is checkpointed
     [OUTPUTS, NUM_SLOTS)     outputs: what the updates and `metrics()` read
 
-Only plain integers and floats are here, so the Triton kernels take them as `tl.constexpr`.
+Only plain numbers are here, so that the Triton kernels may read them; KEY stands for all of them.
 Constants: "paper" is the Cruxy white paper v2.1; "SDK" marks facts read off PyPI `cruxy` 2.1.0.
 """
+
+import hashlib
 
 # -- inputs ------------------------------------------------------------------
 LR = 0  # the group's learning rate: the user's and the scheduler's
@@ -28,7 +30,9 @@ SCALE_MAX = 10
 LR_MIN = 11  # bounds of LR_OUT in meta3 (the SDK's 1e-7 and 1e-2 when `bounds=None`)
 LR_MAX = 12
 GUARD = 13  # 1: outlier steps stay out of the statistics, and the early warning may halve LR_SCALE
-NUM_INPUTS = 16  # 14 and 15 are spare, so that a later input does not move the state
+MAXIMIZE = 14  # 1: ascend
+SEED = 15  # of the random bits that 16-bit parameters are rounded with; a whole number below 2^24
+NUM_INPUTS = 16
 
 # -- state ------------------------------------------------------------------
 STEP = 16  # steps taken (skipped ones not counted) by the optimizer
@@ -68,6 +72,7 @@ WARNING = 107  # W, the early-warning level
 BIAS_CORRECTION1 = 108  # 1 - beta1^t
 BIAS_CORRECTION2_SQRT = 109  # sqrt(1 - beta2^t)
 LOSS = 110  # the loss that was given, NaN without one
+GRAD_FACTOR = 111  # takes a stored gradient to the g of the update: CLIP_COEF / grad_scale, negative to ascend
 NUM_SLOTS = 112
 
 # -- gradient telemetry, shape (4,) or (num_tensors, 4) ----------------------------------------------------
@@ -128,3 +133,6 @@ EMERGENCY_BETA2 = 0.01
 OUTLIER_RATIO = 4.0
 OUTLIER_PATIENCE = 5
 SDK_LR_MIN, SDK_LR_MAX = 1e-7, 1e-2
+
+# Triton's cache of compiled kernels does not see numbers that a kernel reads from a module; this argument shows it.
+KEY = hashlib.sha256(repr(sorted((k, v) for k, v in globals().items() if k.isupper())).encode()).hexdigest()
