@@ -10,8 +10,8 @@ from cruxy_triton import settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.planner import Card, Plan, plan
+from cruxy_triton.planner.families import FAMILIES
 from cruxy_triton.planner.search import DEFAULT_LENGTH
-from cruxy_triton.planner.shape import FAMILIES
 
 MIB = 1 << 20
 PLANNED = [name for name, setting in settings.SETTINGS.items() if setting.left_open == "planned"]

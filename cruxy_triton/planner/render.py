@@ -12,7 +12,7 @@ from cruxy_triton.planner.search import describe_optimizer
 _BAR = 40  # characters for the usable memory
 _ORDER = (
     "weights",
-    "quantisation",
+    "quantization",
     "adapters",
     "gradients",
     "optimizer state",
@@ -24,7 +24,7 @@ _ORDER = (
 )
 _MEANING = {
     "weights": "base weights",
-    "quantisation": "4-bit scales",
+    "quantization": "4-bit scales",
     "adapters": "LoRA, float32",
     "activations": "kept and passing activations",
     "logits and loss": "head and cross-entropy",

@@ -15,11 +15,14 @@ from typing import Any
 from cruxy_triton import settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.card import Card, GiB, MiB, card_names, load_card
-from cruxy_triton.planner.footprint import FINETUNE_OPTIMIZERS, Footprint, Step, footprint, walk
+from cruxy_triton.planner.footprint import Footprint, footprint
+from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.replay import OutOfMemory, replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape, load_model
 from cruxy_triton.planner.speed import step_seconds
+from cruxy_triton.planner.step import Step
+from cruxy_triton.planner.walk import walk
 
 LENGTHS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64)  # tokens, where one is looked for
 DEFAULT_LENGTH = 1024  # the longest that is tried where none is asked for

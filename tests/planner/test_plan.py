@@ -351,7 +351,7 @@ def test_unknown_card(card, said):
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),
         ({"vocab_size": "many"}, "vocab_size must be a positive whole number"),
         ({"num_key_value_heads": 5}, "cannot share"),
-        ({"quantization_config": {"bits": 4}}, "quantised already"),
+        ({"quantization_config": {"bits": 4}}, "quantized already"),
     ],
 )
 def test_configs_that_do_not_serve(change, said):
