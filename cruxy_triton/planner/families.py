@@ -38,15 +38,6 @@ _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pyto
 FAMILIES: dict[str, Family] = {
     "arcee": Family(gated=False, names=(*ATTENTION, "up_proj", "down_proj")),
     "hunyuan_v1_dense": Family(qk_norm=True),
-    "starcoder2": Family(
-        norm="layer",
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        names=(*ATTENTION, "c_fc", "c_proj"),
-        defaults={"num_key_value_heads": 2, "tie_word_embeddings": True},
-    ),
     "llama": Family(),
     "mistral": Family(qkv_bias=False, out_bias=False, mlp_bias=False, defaults={"num_key_value_heads": 8}),
     "qwen2": Family(qkv_bias=True, out_bias=False, mlp_bias=False, defaults={"num_key_value_heads": 32}),

@@ -194,8 +194,14 @@ def build(step: Step, device: str = "meta") -> Any:
     # At import it reports which CPU kernels it lacks; none of them runs here.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     dtype = dtype_of(step)
-    with torch.device(device):
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model = _model(_of(step), dtype, step.shape.name)
+        if step.shape.learned is None and model.num_parameters() != step.shape.parameters:
+            raise UserError(
+                f"{step.shape.name}: transformers' model has {model.num_parameters():,} parameters and the planner "
+                f"counts {step.shape.parameters:,}: it misreads this config, and its plan does not hold"
+            )
         model.requires_grad_(step.lora_r == 0)
         if step.precision == "nf4":
             _quantize(model, step.double_quant, dtype)

@@ -68,6 +68,7 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     partial_rotary_factor: float = 1.0
+    resid_pdrop: float = 0.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     hf_id: str = ""
@@ -151,6 +152,7 @@ _OPTIONAL = (
     ("mlp_bias", bool, False, True),
     ("hidden_act", str, None, None),
     ("partial_rotary_factor", float, 0.0, 1.0),
+    ("resid_pdrop", float, 0.0, 1.0),
     ("attn_logit_softcapping", float, 0.0, math.inf),
     ("final_logit_softcapping", float, 0.0, math.inf),
     ("hf_id", str, None, None),
@@ -170,8 +172,8 @@ def _checked(config: Mapping[str, Any], spec: tuple[str, type, Any, Any], where:
     number = not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
     if kind is int and not (number and least <= value <= most):
         raise UserError(f"{where}: {name} must be a positive whole number (at most {most}), not {value!r}")
-    if kind is float and not (number and least < value <= most and math.isfinite(value)):
-        bounds = "above 0" if most == math.inf else f"above {least:g} and at most {most:g}"
+    if kind is float and not (number and least <= value <= most and math.isfinite(value)):
+        bounds = "of at least 0" if most == math.inf else f"between {least:g} and {most:g}"
         raise UserError(f"{where}: {name} must be a number {bounds}, not {value!r}")
     return value
 

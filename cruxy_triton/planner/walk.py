@@ -183,7 +183,8 @@ class _Model:
         x = self._norm(x, tokens, next(norms))
         if family.parallel:
             attended, weights = self._attention(layer, x, position)
-            fed = self._mlp(layer, x)
+            attended = ops.dropout(tape, attended, self.shape.resid_pdrop)
+            fed = ops.dropout(tape, self._mlp(layer, x), self.shape.resid_pdrop)
             return ops.add(tape, ops.add(tape, attended, fed), residual)
         x, weights = self._attention(layer, x, position)  # `weights` lives to the end of the block, as in transformers
         if family.sandwich:

@@ -41,7 +41,7 @@ def test_a_plan_for_an_unknown_type():
     assert plan(config("olmo2"), Card.cpu("1GiB"), **given).fits
 
 
-@pytest.mark.parametrize("model_type", ["arcee", "hunyuan_v1_dense", "starcoder2"])
+@pytest.mark.parametrize("model_type", ["arcee", "hunyuan_v1_dense"])
 @pytest.mark.parametrize(("precision", "attention"), [("float16", "efficient"), ("bfloat16", "eager")])
 def test_a_family_is_one_entry_of_data(model_type, precision, attention, monkeypatch):
     """The walk that an entry of `families` gives is the trace that the type gets without it."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cruxy_triton.planner import load_model
+from cruxy_triton.errors import UserError
+from cruxy_triton.planner import load_model, shape_from_config
 from cruxy_triton.planner.footprint import Footprint, extrapolated, footprint
 from cruxy_triton.planner.replay import replay
 from cruxy_triton.planner.step import Step
@@ -155,6 +156,46 @@ def test_the_traced_tiled_loss_is_trls():
     theirs = model(input_ids=ids, labels=ids.clone(), fused_lm_head=True)
     torch.testing.assert_close(ours["loss"], theirs.loss)
     torch.testing.assert_close(ours["log_probs"], theirs.log_probs)
+
+
+CONFIG = {
+    "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"model_type": "gemma2", "head_dim": 32}, id="gemma2, silent about its caps"),
+        pytest.param({"model_type": "gemma2", "head_dim": 32, "attn_logit_softcapping": None}, id="gemma2, no cap"),
+        pytest.param({"model_type": "gemma2", "head_dim": 32, "final_logit_softcapping": None}, id="gemma2, one cap"),
+        pytest.param({"model_type": "phi", "resid_pdrop": 0.1}, id="phi with dropout"),
+        pytest.param({"model_type": "phi", "rope_parameters": {"partial_rotary_factor": 0.25}}, id="phi, quarter"),
+        pytest.param({"model_type": "llama", "attention_bias": True, "mlp_bias": True}, id="llama with biases"),
+        pytest.param({"model_type": "mistral", "attention_bias": True}, id="mistral, which knows no bias"),
+    ],
+)
+def test_the_trace_reads_the_config_for_itself(config):
+    """The model of a trace is built from the config as it is written, not from what the planner made of it."""
+    shape = shape_from_config({**CONFIG, **config, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2})
+    for settings in (OPEN, STOCK):
+        attention = "efficient" if shape.family.sdpa else "eager"
+        check(Step(shape, 2, 256, targets=shape.family.names, attention=attention, **settings))
+
+
+def test_a_misread_config_is_noticed():
+    shape = replace(load_model("smollm2-135m"), intermediate_size=1024)
+    with pytest.raises(UserError, match="its plan does not hold"):
+        trace.verify(Step(shape, 1, 64, targets=shape.family.names))
+
+
+def test_biased_4_bit_models_replay():
+    """bitsandbytes casts a bias to the input's dtype in the first forward pass, which releases the loaded one."""
+    shape = load_model("qwen2.5-0.5b").with_layers(3)
+    step = Step(shape, 1, 128, "nf4", targets=shape.family.names, kbit_prepared=True, **NO_AUTOCAST)
+    events = trace.trace(step).events
+    assert replay(events).allocated == pytest.approx(replay(walk(step, record=True).events).allocated, rel=0.005)
 
 
 def test_workspaces_by_hand():
