@@ -88,7 +88,7 @@ def _linear(module: torch.nn.Module) -> tuple[int, int] | None:
     """(outputs, inputs) of a linear layer, None of another."""
     if isinstance(module, torch.nn.Linear):
         return module.out_features, module.in_features
-    return tuple(reversed(module.weight.shape)) if isinstance(module, Conv1D) else None
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else None
 
 
 def learn(values: Mapping[str, Any], name: str = "", source: str = "") -> ModelShape:

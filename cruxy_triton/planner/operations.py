@@ -118,6 +118,8 @@ def linear_4bit(tape: Tape, x: Tensor, w: Linear4bit, tokens: int, compute: int)
     """
     x_b = x.b
     xc = cast(tape, x, compute)
+    # here gemm_4bit adds the offset out of place (bitsandbytes/backends/cuda/ops.py)
+    absmax = tape.buffer(nf4_absmax(w.rows * w.cols), "workspaces") if w.nested else None
     weight = _dequantize(tape, w, compute)
     n_in = xc.n
 
@@ -128,7 +130,7 @@ def linear_4bit(tape: Tape, x: Tensor, w: Linear4bit, tokens: int, compute: int)
         return (tape.new(n_in, g.b),)
 
     out = operation(tape, (xc,), (tokens * w.rows, compute), back)
-    del weight, xc
+    del weight, absmax, xc
     return cast(tape, out, x_b)
 
 

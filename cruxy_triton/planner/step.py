@@ -30,7 +30,7 @@ class Step:
     cublas_workspace: int = 8_519_680
     autocast: bool = True
     upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
-    keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
+    keep_outputs: bool = False  # the output object (with its logits) lives on until the optimizer is through
     warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
     ahead: int = 0  # weights that loading has put on the device before their turn to be quantized (`loading.load`)
     kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantized weights in fp32

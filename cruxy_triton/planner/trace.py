@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cruxy_triton.errors import UserError
 from cruxy_triton.planner import workspaces
 from cruxy_triton.planner.ledger import Ledger, Storage
 from cruxy_triton.planner.loading import Weight, load
@@ -202,8 +203,22 @@ def trace(step: Step, steps: int = 2) -> Ledger:
     """Run `steps` optimizer steps of `step` on meta; what they allocate on the step's device. As `walk.walk`, but a
     single step finds the optimizer's state in place: the peaks of two in half the time, not their allocations' order.
 
-    Raises ImportError where transformers, peft, trl or bitsandbytes is needed and missing.
+    Raises ImportError where transformers, peft, trl or bitsandbytes is needed and missing, and UserError for a model
+    whose code does not run without values.
     """
+    try:
+        return _trace(step, steps)
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # of other people's code, on a device that it does not know
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{step.shape.name}: the planner cannot follow a training step of model_type {step.shape.model_type!r} "
+            f"({type(error).__name__}: {why})"
+        ) from error
+
+
+def _trace(step: Step, steps: int) -> Ledger:
     recorder = Recorder(step.round_to, workspace_bytes if step.device == "cuda" else None)
     ledger = recorder.ledger
     model = build(step)
@@ -257,7 +272,6 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         ledger.enter("backward:head")
         workspace()
         loss.backward()
-        output = None
         del loss, ids, mask, labels
         ledger.enter("optimizer")
         if not state:
@@ -265,6 +279,7 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         with ledger.booked_as("workspaces"):
             held = [_bytes(p.numel() * optimizer.transient) for p in trained if optimizer.transient]
             del held
+        output = None
         if not step.keeps_gradients(index, steps):
             for parameter in trained:
                 parameter.grad = None

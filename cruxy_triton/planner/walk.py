@@ -90,9 +90,15 @@ class _Model:
         self.head = output[0] if output else self.embedding
         self.layers: list[_Layer] = []
         for _ in range(shape.num_hidden_layers):
-            found = {key: linear(specs[key]) if key in specs else plain() for key in block}
-            linears = {spec.name: found[key] for key, spec in specs.items()}
-            self.layers.append(_Layer(linears, [found[key] for key in norms]))
+            layer = _Layer({}, [])
+            found = {}
+            for key in block:
+                if key in specs:
+                    layer.linears[specs[key].name] = linear(specs[key])
+                else:
+                    found[key] = plain()
+            layer.norms += [found[key] for key in norms]
+            self.layers.append(layer)
         self.final = [plain() for _ in last]
         if self.full:
             self.trained = list(self.plain)
@@ -252,8 +258,8 @@ class _Run:
         if self.step.cublas_workspace and len(self.workspaces) <= index:
             self.workspaces.append(self.tape.buffer(self.step.cublas_workspace, "workspaces"))
 
-    def micro_step(self) -> None:
-        """Forward, loss and backward of one batch."""
+    def micro_step(self) -> Tensor | None:
+        """Forward, loss and backward of one batch. Returns the logits where they are kept."""
         tape, step, head = self.tape, self.step, self.model.head
         inputs = [tape.new(step.tokens, 8, "activations") for _ in range(3)]  # ids, attention mask, labels
         tape.enter("forward")
@@ -271,7 +277,8 @@ class _Run:
         tape.enter("backward:head")
         self._workspace(1)
         backward(tape, loss)
-        del loss, logits, inputs
+        del inputs
+        return logits
 
     def optimizer_step(self, keep_gradients: bool) -> None:
         tape, optimizer, trained = self.tape, OPTIMIZERS[self.step.optimizer], self.model.trained
@@ -291,7 +298,8 @@ def walk(step: Step, steps: int = 2, record: bool = False) -> Tape:
     run = _Run(step, tape)
     tape.enter("loaded")
     for index in range(steps):
-        run.micro_step()
+        logits = run.micro_step()
         run.optimizer_step(step.keeps_gradients(index, steps))
+        del logits
     tape.enter("end")
     return tape

@@ -106,12 +106,14 @@ def test_peak_reserved_within_the_stated_error_bar(predicted):
 
 
 def test_phases(predicted):
-    """The forward pass (with the loss) and the loaded model too, not the highest phase alone."""
+    """The forward pass (with the loss), the optimizer and the loaded model too, not the highest phase alone."""
     for row in ROWS:
         found = footprint(step_of(row))
         forward = max(found.phases["forward"], found.phases["loss"]) / MiB
         assert forward == pytest.approx(row["peak_fwd_mib"], rel=0.02), row
+        assert found.phases["optimizer"] / MiB == pytest.approx(row["peak_opt_mib"], rel=0.05), row
         if row["quant"] == "none":
+            assert found.phases["optimizer"] / MiB == pytest.approx(row["peak_opt_mib"], rel=0.015), row
             assert found.phases["load"] / MiB == pytest.approx(row["after_load_mib"], rel=0.01), row
 
 

@@ -90,14 +90,11 @@ def traced_footprint(step: Step) -> Footprint:
 
 
 def check(step: Step) -> None:
+    """The peak within 0.1 %, every phase within 0.5 % or 0.2 % of the peak."""
     closed, traced = footprint(step).phases, traced_footprint(step).phases
-    assert closed.keys() == traced.keys()
-    highest = max(peak for name, peak in closed.items() if name != "load")
-    assert highest == pytest.approx(max(peak for name, peak in traced.items() if name != "load"), rel=0.002)
-    for name in ("forward", "loss"):
-        assert closed[name] == pytest.approx(traced[name], rel=0.02), name
-    backward = [name for name in closed if name.startswith("backward")]
-    assert max(closed[name] for name in backward) == pytest.approx(max(traced[name] for name in backward), rel=0.005)
+    closed.pop("load"), traced.pop("load")
+    assert max(closed.values()) == pytest.approx(max(traced.values()), rel=0.001)
+    assert closed == pytest.approx(traced, rel=0.005, abs=0.002 * max(traced.values()))
 
 
 @pytest.mark.parametrize("step", QUICK)
