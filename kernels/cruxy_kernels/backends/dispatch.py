@@ -489,8 +489,8 @@ def _check_codes(rule: Rule, name: str, i: int, codes: Tensor, scales: Tensor) -
         codec.check(codes, scales)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}_scale[{i}]: {error}") from None
-    if scales.device != codes.device:
-        raise ValueError(f"{name}_scale[{i}] is on {scales.device} and its codes on {codes.device}")
+    if not scales.is_contiguous():
+        raise ValueError(f"{name}_scale[{i}] has stride {scales.stride()[0]}; expected a contiguous tensor")
 
 
 def _refuse_storage(rule: Rule, name: str, i: int, value: Tensor) -> None:

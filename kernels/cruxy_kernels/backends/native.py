@@ -188,12 +188,13 @@ def update(
     first = rule.state[0]
     second = state[rule.state[1]] if len(rule.state) > 1 else None
     table = _tables.get([params, grads, state[first], state.get(first + "_scale"), second], rows)
-    values = _values(control)
+    values = _values(control.to("cpu"))
+    multipliers = None if lr_multipliers is None else lr_multipliers.to("cpu")
     getattr(_loops(), rule.name)(
         table.data_ptr(),
         len(table),
         values.data_ptr(),
-        None if lr_multipliers is None else lr_multipliers.data_ptr(),
+        None if multipliers is None else multipliers.data_ptr(),
         first + "_scale" in state,
         flags,
         torch.get_num_threads(),
