@@ -59,7 +59,7 @@ def row_values(control: torch.Tensor, row: int) -> SimpleNamespace:
     return SimpleNamespace(**{name: control[row, slot].item() for name, slot in slots.items()})
 
 
-# -- stochastic rounding, from its description in rounding.py, in whole numbers ------------------------------------------
+# -- stochastic rounding, from its description in rounding.py, in whole numbers ------------------------------
 
 
 def lowbias32(x: np.ndarray | int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where the tests of the kernels run, and what they share.
 
 A test that takes `place` runs on every backend of this process: PyTorch and the compiled loops on the CPU, the kernels
-on a CUDA device where there is one. Triton's interpreter has to be chosen before triton is imported, so test_on_device.py
+on a CUDA device where there is one. The interpreter of Triton has to be chosen before it is imported: test_on_device.py
 runs the files that take `place` once more under TRITON_INTERPRET=1, each in a process of its own: there `place` is the
 interpreter. Files called test_triton_*.py are about the kernels alone and are collected only where those run.
 """
@@ -20,7 +20,7 @@ from cruxy_kernels.backends import native
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import CUDA, INTERPRETED, PLACES, Place  # noqa: E402
+from cases import CUDA, INTERPRETED, PLACES, Place
 
 collect_ignore_glob = [] if INTERPRETED or CUDA else ["test_triton_*.py"]
 

@@ -230,7 +230,7 @@ def test_the_thin_forms_pass_everything_on(place):
         lion_update_(params, grads, state["exp_avg"][:1], control, backend=place.backend)
 
 
-# -- the other functions ------------------------------------------------------------------------------------------------
+# -- the other functions -------------------------------------------------------------------------------------
 
 
 def same_refusal(place, function, *arguments, **named):
@@ -300,7 +300,7 @@ def test_codecs_refuse(place):
 
 
 def test_empty_lists_and_tensors(place):
-    assert L.NUM_TELEMETRY == gradient_telemetry([torch.zeros(0, device=place.device)], backend=place.backend).numel()
+    assert gradient_telemetry([torch.zeros(0, device=place.device)], backend=place.backend).numel() == L.NUM_TELEMETRY
     codes, scales = quantize_blockwise(torch.zeros((0, 3), device=place.device), backend=place.backend)
     assert (codes.shape, scales.shape) == ((0, 3), (0,))
     assert dequantize_blockwise(codes, scales, backend=place.backend).shape == (0, 3)

@@ -1,4 +1,4 @@
-"""The per-step law on every backend: against the equations in Python floats, and against its specification in float64."""
+"""The per-step law on every backend: against equations in Python floats, and its specification in float64."""
 
 import math
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("place", [p for p in PLACES if p.backend !=
 each_law = pytest.mark.parametrize("law", L.LAWS)
 
 
-# -- the law, written from the text -------------------------------------------------------------------------------------
+# -- the law, written from the text --------------------------------------------------------------------------
 
 
 class Law:
@@ -105,7 +105,7 @@ def test_it_is_the_law(place, law, with_loss, scale):
     assert control[0, L.STEP] == steps
 
 
-# -- every slot, against the specification in float64 ---------------------------------------------------------------------
+# -- every slot, against the specification in float64 --------------------------------------------------------
 
 # fp32 against float64: a step makes some twenty roundings, and the EMAs forget old errors at 1 - alpha a step. The
 # worst slot is the PD error v_fast - v_slow, a difference of nearly equal numbers: bounded by the terms.
@@ -307,7 +307,7 @@ def test_a_loss_at_any_address(place, control_rows, unaligned):
     assert all(torch.equal(results[0], other) for other in results)
 
 
-# -- a fresh vector -------------------------------------------------------------------------------------------------------
+# -- a fresh vector ------------------------------------------------------------------------------------------
 
 
 def test_a_new_control_vector(place):

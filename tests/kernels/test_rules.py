@@ -1,4 +1,4 @@
-"""Every update rule on every backend against its formula in float64: rules/*.py has the formulas, this file runs them."""
+"""Every update rule on every backend against its formula in float64; the formulas are in rules/*.py."""
 
 import math
 from itertools import product
@@ -10,9 +10,17 @@ from cases import CODEC_CASES, ROUNDINGS, RULE_CASES, draws, neighbours, rounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cruxy_kernels import CODECS, RULES, control_step, dequantize_blockwise, gradient_telemetry, new_control
+from cruxy_kernels import (
+    CODECS,
+    RULES,
+    control_step,
+    dequantize_blockwise,
+    gradient_telemetry,
+    new_control,
+    quantize_blockwise,
+    update_,
+)
 from cruxy_kernels import layout as L
-from cruxy_kernels import quantize_blockwise, update_
 from cruxy_kernels.backends.pieces import PIECE_CPU
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,13 +41,13 @@ def test_every_rule_has_its_case():
     for name, case in RULE_CASES.items():
         rule = RULES[name]
         assert tuple(case.STATE) == rule.state
-        assert case.FLAGS == dict(rule.flags)
+        assert dict(rule.flags) == case.FLAGS
         assert {FLOATS[kept] for kept in case.STORAGE if kept in FLOATS} == set(rule.storage)
         assert {32, *(kept for kept in case.STORAGE if kept not in FLOATS)} == set(rule.state_bits)
     assert set(CODEC_CASES) == {bits for bits, codec in CODECS.items() if codec.block}
 
 
-# -- a step and its oracle ------------------------------------------------------------------------------------------------
+# -- a step and its oracle -----------------------------------------------------------------------------------
 
 
 def randn(shapes, seed, device="cpu", dtype=torch.float32, scale=1.0):
@@ -97,9 +105,9 @@ class Step:
         try:
             update_(self.rule, self.params, self.grads, self.state, control, backend=self.place.backend, **arguments)
         except TypeError as error:
-            assert str(error).startswith("backend 'native' cannot serve")
+            assert str(error).startswith("backend 'native' cannot serve")  # noqa: PT017
             kinds = {t.dtype for t in [*self.params, *self.grads]} | {FLOATS.get(self.kept, torch.float32)}
-            assert kinds != {torch.float32}, error
+            assert kinds != {torch.float32}, error  # noqa: PT017
             assert all(torch.equal(a, b) for a, b in zip(bits, self.bits(), strict=True))
             return False
         return True
@@ -165,7 +173,7 @@ def two_rows(control_rows, device, **slots):
     return control
 
 
-# -- the formula ----------------------------------------------------------------------------------------------------------
+# -- the formula ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
@@ -326,7 +334,7 @@ def test_a_coded_state_is_the_codec_around_the_update(place, control_rows, rule)
             assert torch.equal(scales, coded.state[name + "_scale"][i])
 
 
-# -- 16-bit parameters ------------------------------------------------------------------------------------------------------
+# -- 16-bit parameters ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -386,7 +394,7 @@ def test_a_list_in_any_order_rounds_the_same(place, control_rows, rule):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-# -- what must not happen -----------------------------------------------------------------------------------------------------
+# -- what must not happen ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", list(FLOATS))
@@ -493,8 +501,14 @@ def test_views_strides_and_mixed_dtypes(place, control_rows, rule):
     step.grads[0], step.grads[1] = step.grads[0].half(), step.grads[1].t().contiguous().t()
     for name in RULE_CASES[rule].STATE:
         step.state[name][1] = step.state[name][1].t().contiguous().t()
-    assert step.run(control_rows(device=device))
-    step.check(control_rows())
+    count = len(shapes)
+    arguments = {
+        "rows": [i % 2 for i in range(count)], "ids": [900 - i for i in range(count)],
+        "lr_multipliers": torch.linspace(0.3, 1.7, count, device=device),
+    }  # fmt: skip
+    control = two_rows(control_rows, device)
+    assert step.run(control, **arguments)
+    step.check(control, **arguments)
 
 
 @each_rule

@@ -53,7 +53,7 @@ def telemetry(place):
         except TypeError as error:
             if place.backend != "native":
                 raise
-            assert str(error).startswith("backend 'native' cannot serve")
+            assert str(error).startswith("backend 'native' cannot serve")  # noqa: PT017
             assert {g.dtype for g in grads} != {torch.float32} or not all(g.is_contiguous() for g in grads)
             return None
 

@@ -1,4 +1,4 @@
-"""The rounding of the kernels, on values and bit patterns of the test's own; on parameters test_rules.py looks at it."""
+"""The rounding of the kernels on values and bit patterns; test_rules.py looks at it on parameters."""
 
 import math
 
@@ -57,7 +57,8 @@ def round_by_kernel(device, values, dtype, step, tensor, start=0, seed=11):
 def patterns(device):
     """1,024 fp32 bit patterns: every kind of NaN, infinities, the ends of all ranges, and random ones."""
     special = [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001, 0xFF800001, 0x7FFF8000, 0x7F808000, 0x7F800000,
-               0xFF800000, 0x7F7FFFFF, 0xFF7FFFFF, 0, 0x80000000, 1, 0x80000001, 0x477FE000, 0x477FEFFF, 0x477FF000]  # fmt: skip
+               0xFF800000, 0x7F7FFFFF, 0xFF7FFFFF, 0, 0x80000000, 1, 0x80000001, 0x477FE000, 0x477FEFFF,
+               0x477FF000]  # fmt: skip
     numbers = np.random.default_rng(0).integers(0, 1 << 32, 1024, dtype=np.uint32)
     numbers[: len(special)] = special
     return torch.from_numpy(numbers.view(np.int32)).to(device)
@@ -107,7 +108,9 @@ def test_representable_values_stay(device, dtype):
     assert torch.equal(round_by_kernel(device, values, dtype, 9, 1)[0].float(), values)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")]
+)
 def test_nearest_is_the_processors(device, dtype, name):
     """What a 16-bit state is stored with: ties to even, NaN and infinities included."""
     bits = patterns(device)

@@ -5,7 +5,7 @@ is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.
 gradients on the CPU; what else a step needs (control law, codec) is small.
 
 The shared object lies in $CRUXY_CACHE, or cruxy-triton in the user's cache folder, under a name that depends on
-source, compiler and processor.
+source, compiler, flags and processor. $CRUXY_NATIVE_FLAGS are more flags for the compiler (sanitizers, say).
 """
 
 import ctypes
@@ -46,14 +46,15 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C++ compiler found (CXX, g++, clang++)"
     try:
         source = SOURCE.read_bytes()
+        flags = [*FLAGS, *os.environ.get("CRUXY_NATIVE_FLAGS", "").split()]
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
         ).stdout.partition("\n")[0]
-        key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), version.encode(), _processor()]))
+        key = hashlib.sha256(b"\0".join([source, " ".join(flags).encode(), version.encode(), _processor()]))
         folder = _cache_folder()
         path = folder / f"native-{key.hexdigest()[:20]}.so"
         if not path.exists():
-            _compile(compiler, path)
+            _compile(compiler, flags, path)
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
@@ -90,12 +91,12 @@ def _cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="cruxy-native-"))
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
     """Compiles to a temporary name and moves it into place, so that processes may race."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, "-o", temporary, str(SOURCE)]
+        command = [compiler, *flags, "-o", temporary, str(SOURCE)]
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
         try:
             run([*command, "-march=native"])

@@ -1,4 +1,5 @@
-"""The 8-bit codec in float64, from the formula q = sign(m) ⌊127 · 4|m| / (s + 3|m|) + ½⌋, m = s q / (127 · 4 - 3|q|)."""
+"""The 8-bit codec in float64, from its formula: q = sign(m) ⌊127 · 4|m| / (s + 3|m|) + ½⌋ and
+m = s q / (127 · 4 - 3|q|)."""
 
 import numpy as np
 

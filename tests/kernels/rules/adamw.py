@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), with Nesterov's look-ahead, with or without its decoupling.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), with or without Nesterov and decoupling.
 
 eps stands beside the root of the second moment before its bias correction, as the PyPI package cruxy 2.1.0 has it.
 """

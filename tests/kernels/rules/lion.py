@@ -1,4 +1,4 @@
-"""Lion as its paper has it (Chen et al., arXiv 2302.06675, algorithm 2), with a factor on the step but not on the decay."""
+"""Lion as its paper has it (Chen et al., arXiv 2302.06675, algorithm 2), with a factor on the step, not the decay."""
 
 import numpy as np
 from lion_pytorch import Lion
