@@ -21,6 +21,7 @@ from cruxy_kernels import (
     update_,
 )
 from cruxy_kernels import layout as L
+from cruxy_kernels.backends import native
 from cruxy_kernels.backends.pieces import PIECE_CPU
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,7 +97,7 @@ class Step:
         return CODEC_CASES[self.kept].value(wide(codes), spread)
 
     def run(self, control, **arguments):
-        """False where the compiled loops do not serve such tensors: they say so and touch nothing."""
+        """False where the compiled loops do not serve such tensors or this rule: they say so and touch nothing."""
         self.before = [
             (wide(p), wide(g), [self.values(name, i) for name in self.case.STATE])
             for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True))
@@ -107,7 +108,7 @@ class Step:
         except TypeError as error:
             assert str(error).startswith("backend 'native' cannot serve")  # noqa: PT017
             kinds = {t.dtype for t in [*self.params, *self.grads]} | {FLOATS.get(self.kept, torch.float32)}
-            assert kinds != {torch.float32}, error  # noqa: PT017
+            assert kinds != {torch.float32} or self.rule not in native.RULES_SERVED, error  # noqa: PT017
             assert all(torch.equal(a, b) for a, b in zip(bits, self.bits(), strict=True))
             return False
         return True
@@ -205,8 +206,8 @@ def test_flags_rows_multipliers_and_sign(place, control_rows, rule, flags, multi
         arguments["lr_multipliers"] = torch.tensor([0.3, 1.0, 1.7, 0.0], device=place.device)
     if several_rows:
         arguments["rows"] = [1, 0, 1, 0]
-    assert step.run(control, **arguments)
-    step.check(control, **arguments)
+    if step.run(control, **arguments):
+        step.check(control, **arguments)
 
 
 @each_storage
@@ -228,8 +229,8 @@ def test_a_million_and_three(place, control_rows, rule, kept):
 @each_rule
 def test_300_small_tensors(place, control_rows, rule):
     step = Step(rule, place, [(1,)] * 200 + [(3, 5)] * 100 if place.backend != "triton" else [(1,)] * 60)
-    assert step.run(control_rows(device=place.device))
-    step.check(control_rows())
+    if step.run(control_rows(device=place.device)):
+        step.check(control_rows())
 
 
 def test_no_tensors(place, control_rows):
@@ -253,7 +254,7 @@ def test_float64_is_served_by_pytorch(place, control_rows, rule):
         np.testing.assert_allclose(wide(param), wanted["param"][0], rtol=1e-6)  # slots are fp32
 
 
-@each_rule
+@pytest.mark.parametrize("rule", [name for name, case in RULE_CASES.items() if hasattr(case, "peer")])
 def test_ten_steps_of_somebody_elses(place, control_rows, rule):
     """No clipping, a constant rate, an epsilon that does not show."""
     device, shapes = place.device, [(), (3, 43), (2048,)]
@@ -291,7 +292,8 @@ def test_a_step_of_scaled_gradients_is_the_step_of_the_gradients(place, rule, ma
         assert 0 < coefficient < 1
         wanted = coefficient * (-1 if maximize else 1) / (scale or 1)
         assert control[0, L.GRAD_FACTOR].item() == pytest.approx(wanted, rel=1e-6)
-        assert step.run(control)
+        if not step.run(control):
+            return
         step.check(control)
         results.append(step)
     for one, other in zip(results[0].tensors(), results[1].tensors(), strict=True):
@@ -304,7 +306,8 @@ def test_rows_serve_their_tensors(place, control_rows, rule):
     control = torch.cat([control_rows(), control_rows(LR_OUT=0.0, WEIGHT_DECAY=0.0), control_rows(LR_OUT=5e-2)])
     control, rows = control.to(place.device), [i % 3 for i in range(len(shapes))]
     step = Step(rule, place, shapes)
-    assert step.run(control, rows=rows)
+    if not step.run(control, rows=rows):
+        return
     for i, row in enumerate(rows):
         alone = Step(rule, place, shapes)
         one = {name: [tensors[i]] for name, tensors in alone.state.items()}
@@ -325,8 +328,8 @@ def test_a_coded_state_is_the_codec_around_the_update(place, control_rows, rule)
             pairs = zip(coded.state[name], coded.state[name + "_scale"], strict=True)
             plain.state[name] = [dequantize_blockwise(c, s, backend="torch") for c, s in pairs]
         control = control_rows(device=place.device)
-        assert coded.run(control)
-        assert plain.run(control)
+        if not (coded.run(control) and plain.run(control)):
+            return
         assert all(torch.equal(a, b) for a, b in zip(coded.params, plain.params, strict=True))
         for name, i in product(RULE_CASES[rule].STATE, range(len(shapes))):
             codes, scales = quantize_blockwise(plain.state[name][i], bits=bits, backend=place.backend)
@@ -360,7 +363,7 @@ def test_random_bits_are_those_of_seed_step_and_id(place, control_rows, rule, dt
 
     def params(ids, **slots):
         step = Step(rule, place, [3000], (dtype, dtype))
-        step.run(control_rows(device=place.device, LR_OUT=1e-5, **slots), ids=ids)
+        step.run(control_rows(device=place.device, LR_OUT=1e-4, **slots), ids=ids)
         return step.params[0]
 
     if place.backend == "native" and not Step(rule, place, [9], (dtype, dtype)).run(control_rows()):
@@ -507,8 +510,8 @@ def test_views_strides_and_mixed_dtypes(place, control_rows, rule):
         "lr_multipliers": torch.linspace(0.3, 1.7, count, device=device),
     }  # fmt: skip
     control = two_rows(control_rows, device)
-    assert step.run(control, **arguments)
-    step.check(control, **arguments)
+    if step.run(control, **arguments):
+        step.check(control, **arguments)
 
 
 @each_rule
@@ -539,8 +542,8 @@ def test_strided_multipliers(place, control_rows, rule, kind):
     several = torch.tensor([0.3, 9.0, 1.0, 9.0, 1.7, 9.0], device=place.device)
     multipliers = torch.tensor([0.4], device=place.device).expand(3) if kind == "stride 0" else several[::2]
     control = control_rows(device=place.device)
-    assert step.run(control, lr_multipliers=multipliers)
-    step.check(control, lr_multipliers=multipliers)
+    if step.run(control, lr_multipliers=multipliers):
+        step.check(control, lr_multipliers=multipliers)
 
 
 @each_storage
@@ -568,5 +571,5 @@ def test_any_shapes_and_values(place, control_rows, rule, sizes, special, rate):
     for name in RULE_CASES[rule].STATE:
         if name.endswith("_sq"):
             step.state[name] = [t.abs() for t in step.state[name]]
-    assert step.run(control_rows(device=place.device, LR_OUT=rate))
-    step.check(control_rows(LR_OUT=rate), ordinary=False)
+    if step.run(control_rows(device=place.device, LR_OUT=rate)):
+        step.check(control_rows(LR_OUT=rate), ordinary=False)

@@ -289,6 +289,10 @@ def update_(
     if not params:
         return
     chosen = choose([*params, *grads], backend, [t for name in chosen_rule.state for t in state[name]])
+    if chosen == "native" and rule not in native.RULES_SERVED:
+        if not _open(backend):
+            raise TypeError(f"backend 'native' cannot serve {rule}: it has {', '.join(native.RULES_SERVED)}")
+        chosen = "torch"
     if lr_multipliers is not None:
         lr_multipliers = lr_multipliers.contiguous()
     if chosen == "triton":
