@@ -242,3 +242,26 @@ def test_everything_runs_on_the_tensors_own_device(device, monkeypatch, control_
     assert {"quantize_kernel", "dequantize_kernel", "total_kernel", "update_kernel"} <= set(started)
     assert outside == []
     assert {torch.device(d).type for d in entered} == {torch.device(device).type}
+
+
+@pytest.mark.parametrize("bits", [bits for bits, codec in CODECS.items() if codec.block])
+def test_codecs_write_nothing_beyond_their_tensors(device, bits):
+    """Codes, scales and values that are cut out of buffers, at any offset: the cells around them keep their bits."""
+    codec = CODECS[bits]
+    for offset, length in ((0, 100), (1, 1024), (7, 1025), (64, 2047), (16, 4096)):
+        x = torch.randn(length + 20, device=device)[offset % 16 :][:length]
+        count = codec.scale_count(length)
+        codes, scales, values = (
+            torch.full((offset + n + 200,), 7, dtype=dtype, device=device)
+            for n, dtype in ((length, codec.dtype), (count, codec.scale_dtype), (length, torch.float32))
+        )
+        cut = codes[offset:][:length], scales[offset:][:count], values[offset:][:length]
+        dispatch._launch_codec("quantize_kernel", x, cut[0], cut[1].view(torch.int16), STORE=codec.store)
+        dispatch._launch_codec("dequantize_kernel", cut[0], cut[1].view(torch.int16), cut[2], LOAD=codec.load)
+        wanted, wanted_scales = quantize_blockwise(x, bits=bits, backend="torch")
+        assert (cut[0].int() - wanted.int()).abs().max() <= (0 if device == "cpu" else 1)
+        assert torch.equal(cut[1], wanted_scales)
+        assert (cut[2] - x).abs().max() < 0.03 * x.abs().max()
+        for buffer, n in ((codes, length), (scales, count), (values, length)):
+            assert (buffer[:offset] == 7).all()
+            assert (buffer[offset + n :] == 7).all()
