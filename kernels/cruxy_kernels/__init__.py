@@ -19,6 +19,7 @@ from .backends.dispatch import (
     update_,
 )
 from .backends.dispatch import explain as explain_backend
+from .backends.prepared import PreparedUpdate
 from .codec import CODECS
 from .laws import layout
 from .laws.control import control_inputs, new_control
@@ -27,6 +28,7 @@ from .rules import RULES
 __all__ = [
     "CODECS",
     "RULES",
+    "PreparedUpdate",
     "adamw_update_",
     "control_inputs",
     "control_step",

@@ -16,7 +16,7 @@ from .tables import ELEMENT_TYPES, TensorTable, tables
 
 NUM_WARPS = 4
 
-# The most registers a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
+# The most registers that a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
 # more threads than that anyhow, and there the assembler spills a few of AdamW's registers to stay at 64.
 MAX_REGISTERS, MAX_REGISTERS_NEWER = 64, 80
 NEWER = (8, 0)
@@ -63,7 +63,7 @@ class Batch:
     """The tensors of one launch: one device, one dtype in each column."""
 
     device: torch.device
-    types: tuple[str, ...]  # element types, in the order of the columns
+    types: dict[int, str]  # element type of each column
     table: TensorTable
     indices: list[int]  # of its tensors, in the caller's list
     copied: list[tuple[Tensor, Tensor]]  # (tensor, the contiguous copy that stands in for it)
@@ -79,12 +79,13 @@ def batches(
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     read_only: tuple[int, ...] = (),
+    make_table: Callable[..., TensorTable] | None = None,
 ) -> Iterator[Batch]:
     """The tensors as few launches as their devices and dtypes allow.
 
     columns: tables.PARAM and so on -> a list of tensors, all lists of one length (dispatch.py has checked them). A
     tensor that is not contiguous is served through a copy, written back by `finish` unless its column is in
-    `read_only`.
+    `read_only`. make_table: `tables.build` for a table of one's own, instead of one that is kept for later calls.
     """
     lists = list(columns.values())
     count = len(lists[0])
@@ -108,10 +109,11 @@ def batches(
                 if column not in read_only:
                     copied += [(t, c) for t, c in zip(originals, chosen[column], strict=True) if t is not c]
         with on_device(device):
-            table = tables.get(
+            table = (make_table or tables.get)(
                 chosen,
                 None if rows is None else part(rows),
                 None if whole else indices,
                 None if ids is None else part(ids),
             )
-            yield Batch(device, tuple([ELEMENT_TYPES[dtype] for dtype in dtypes]), table, indices, copied)
+            types = {column: ELEMENT_TYPES[dtype] for column, dtype in zip(columns, dtypes, strict=True)}
+            yield Batch(device, types, table, indices, copied)

@@ -2,8 +2,8 @@
 
 An entry per tensor: addresses of parameter, gradient and state, length, row of the control vector, and whether every
 address is a multiple of 16 bytes. Beside it a map: which entry, and which of its chunks of 1,024 elements, a program
-serves. The map depends on the lengths only and is kept; the entries are made anew when an address changes (gradients
-often do, after `zero_grad(set_to_none=True)`), and travel from pinned memory without blocking.
+serves. A table is made anew when an address changes (gradients' often do, after `zero_grad(set_to_none=True)`), and
+travels from pinned memory without blocking.
 """
 
 # pyright: reportArgumentType=false
@@ -39,7 +39,7 @@ KEY = "-".join(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class TensorTable:
     """Entries, map and counts; see the module's docstring. Addresses are valid while the tensors live."""
 
@@ -48,10 +48,69 @@ class TensorTable:
     chunk_index: Tensor  # int32 (chunks,): which chunk of it
     chunks: int
     tensors: int
+    on_host: Tensor  # what `entries` was copied from
+    others_aligned: Tensor  # bool (tensors,): of every column but GRAD
+    sources: list[Tensor]  # pinned: a captured graph copies from them in every replay
+
+    def set_grads(self, addresses: Tensor) -> None:
+        """Points the entries at other gradients, int64 (tensors,); for a table that no cache holds."""
+        self.on_host[:, GRAD] = addresses
+        self.on_host[:, ALIGNED] = self.others_aligned & (addresses % ALIGNMENT == 0)
+        if self.entries is not self.on_host:
+            # A fresh piece of pinned memory each time: the copy of the last one may still be under way.
+            source = pinned(self.on_host, self.entries.device)
+            self.entries.copy_(source, non_blocking=True)
+            if torch.cuda.is_current_stream_capturing():
+                self.sources.append(source)
+
+
+Columns = dict[int, Sequence[Tensor]]
+Numbers = Sequence[int] | None
+
+
+def build(columns: Columns, rows: Numbers = None, indices: Numbers = None, ids: Numbers = None) -> TensorTable:
+    """The table with these tensors; `columns` maps a column's number to one contiguous tensor per entry.
+
+    rows: the control row of each tensor, 0 where None. indices: its place in the caller's list, counted from 0 where
+    None; ids: its own number, the place where None. All tensors are on one device; those of an entry have its number
+    of elements, except scales.
+    """
+    lists = list(columns.values())
+    numels = torch.tensor([t.numel() for t in lists[0]], dtype=torch.int64)
+    device = lists[0][0].device
+    entries = torch.zeros((len(numels), COLUMNS), dtype=torch.int64)
+    aligned = torch.ones(len(numels), dtype=torch.bool)
+    for column, tensors in columns.items():
+        entries[:, column] = torch.tensor([t.data_ptr() for t in tensors])
+        if column != GRAD:
+            aligned &= entries[:, column] % ALIGNMENT == 0
+    counts = (numels + CHUNK - 1) // CHUNK
+    first = counts.cumsum(0) - counts
+    entries[:, NUMEL] = numels
+    entries[:, FIRST_CHUNK] = first
+    entries[:, ALIGNED] = aligned & (entries[:, GRAD] % ALIGNMENT == 0)
+    if rows is not None:
+        entries[:, ROW] = torch.tensor(rows)
+    entries[:, INDEX] = torch.arange(len(numels)) if indices is None else torch.tensor(indices)
+    entries[:, ID] = entries[:, INDEX] if ids is None else torch.tensor(ids)
+    chunk_entry = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    chunk_index = torch.arange(len(chunk_entry)) - first[chunk_entry]
+    sources = [pinned(values, device) for values in (entries, chunk_entry.to(torch.int32), chunk_index.to(torch.int32))]
+    on_device = [to_device(source, device) for source in sources]
+    return TensorTable(
+        entries=on_device[0],
+        chunk_entry=on_device[1],
+        chunk_index=on_device[2],
+        chunks=len(chunk_entry),
+        tensors=len(numels),
+        on_host=entries,
+        others_aligned=aligned,
+        sources=sources,
+    )
 
 
 class TableCache(threading.local):
-    """Finds or makes the table for given tensors; `entries_built` and `maps_built` count the work done.
+    """Finds or builds the table for given tensors; `built` counts.
 
     Each thread has its own, so that nobody drops what another one is about to launch with. A table that is made
     while a CUDA graph is captured is filled when the graph is replayed and not before: it is never handed out again.
@@ -59,114 +118,46 @@ class TableCache(threading.local):
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple, TensorTable] = OrderedDict()
-        self._maps: OrderedDict[tuple, tuple[Tensor, Tensor, list[int]]] = OrderedDict()
         self._captured: list[TensorTable] = []
-        self.entries_built = 0
-        self.maps_built = 0
+        self.built = 0
 
-    def get(
-        self,
-        columns: dict[int, Sequence[Tensor]],
-        rows: Sequence[int] | None = None,
-        indices: Sequence[int] | None = None,
-        ids: Sequence[int] | None = None,
-    ) -> TensorTable:
-        """The table with these tensors; `columns` maps a column's number to one contiguous tensor per entry.
-
-        rows: the control row of each tensor, 0 where None. indices: its place in the caller's list, counted from 0
-        where None; ids: its own number, the place where None. All tensors are on one device; those of an entry have
-        its number of elements, except scales.
-        """
+    def get(self, columns: Columns, rows: Numbers = None, indices: Numbers = None, ids: Numbers = None) -> TensorTable:
+        """`build` with these arguments, or what it made for the same addresses before."""
         lists = list(columns.values())
-        numels = tuple([t.numel() for t in lists[0]])
-        addresses = tuple([tuple([t.data_ptr() for t in column]) for column in lists])
         device = lists[0][0].device
-        numbers = tuple([None if n is None else tuple(n) for n in (rows, indices, ids)])
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            table = self._build(device, tuple(columns), numels, addresses, *numbers)
+            table = build(columns, rows, indices, ids)
             self._captured.append(table)  # the graph replays these addresses for as long as it lives
             return table
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        numels = tuple([t.numel() for t in lists[0]])
+        addresses = tuple([tuple([t.data_ptr() for t in column]) for column in lists])
+        numbers = tuple([None if n is None else tuple(n) for n in (rows, indices, ids)])
         key = (device, stream, tuple(columns), numels, addresses, numbers)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = self._build(device, tuple(columns), numels, addresses, *numbers, stream=stream)
+            table = self._tables[key] = build(columns, rows, indices, ids)
+            self.built += 1
             if len(self._tables) > CACHED_TABLES:
                 self._tables.popitem(last=False)
         else:
             self._tables.move_to_end(key)
         return table
 
-    def _build(
-        self,
-        device: torch.device,
-        columns: tuple[int, ...],
-        numels: tuple[int, ...],
-        addresses: tuple[tuple[int, ...], ...],
-        rows: Sequence[int] | None,
-        indices: Sequence[int] | None,
-        ids: Sequence[int] | None,
-        stream: int | None = None,
-    ) -> TensorTable:
-        """`stream` is None during a capture: the map is then made for the graph alone."""
-        chunk_entry, chunk_index, first_chunks = self._map(device, numels, stream)
-        entries = torch.zeros((len(numels), COLUMNS), dtype=torch.int64)
-        pointers = torch.tensor(addresses, dtype=torch.int64)
-        entries[:, list(columns)] = pointers.T
-        entries[:, NUMEL] = torch.tensor(numels)
-        if rows is not None:
-            entries[:, ROW] = torch.tensor(rows)
-        entries[:, INDEX] = torch.arange(len(numels)) if indices is None else torch.tensor(indices)
-        entries[:, ID] = entries[:, INDEX] if ids is None else torch.tensor(ids)
-        entries[:, ALIGNED] = (pointers % ALIGNMENT == 0).all(dim=0)
-        entries[:, FIRST_CHUNK] = torch.tensor(first_chunks)
-        self.entries_built += 1
-        return TensorTable(
-            entries=to_device(entries, device),
-            chunk_entry=chunk_entry,
-            chunk_index=chunk_index,
-            chunks=len(chunk_entry),
-            tensors=len(numels),
-        )
-
-    def _map(
-        self, device: torch.device, numels: tuple[int, ...], stream: int | None
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        key = (device, stream, numels)
-        found = None if stream is None else self._maps.get(key)
-        if found is not None:
-            self._maps.move_to_end(key)
-            return found
-        counts = (torch.tensor(numels, dtype=torch.int64) + CHUNK - 1) // CHUNK
-        first = counts.cumsum(0) - counts
-        chunk_entry = torch.repeat_interleave(torch.arange(len(numels)), counts)
-        chunk_index = torch.arange(len(chunk_entry)) - first[chunk_entry]
-        made = (
-            to_device(chunk_entry.to(torch.int32), device),
-            to_device(chunk_index.to(torch.int32), device),
-            first.tolist(),  # made on the host above: nothing to wait for
-        )
-        self.maps_built += 1
-        if stream is not None:
-            self._maps[key] = made
-            if len(self._maps) > CACHED_TABLES:
-                self._maps.popitem(last=False)
-        return made
-
     def clear(self) -> None:
         """Forgets this thread's tables, also those a CUDA graph was captured with."""
         self._tables.clear()
-        self._maps.clear()
         self._captured.clear()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` (CPU) on `device`, without the host waiting: pinned memory lives until its copy has run."""
-    if device.type == "cpu":
-        return values
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    """`values` (CPU) on `device`, without the host waiting."""
+    return values if device.type == "cpu" else pinned(values, device).to(device, non_blocking=True)
+
+
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of `values` from which `device` copies in the background; it lives until such a copy has run."""
+    return values.pin_memory() if device.type == "cuda" else values
 
 
 tables = TableCache()

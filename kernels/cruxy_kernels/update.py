@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import tables as T
 from ._triton import HAS_TRITON
-from .codec import BLOCK, codec_of
-from .launch import batches, launch
+from .codec import BLOCK, Codec, codec_of
+from .launch import Batch, batches, launch
 from .laws import layout as L
 from .rules import Rule
 
@@ -136,6 +136,44 @@ if HAS_TRITON:
                 )  # fmt: skip
 
 
+def columns_of(
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]]
+) -> dict[int, Sequence[Tensor]]:
+    """The columns of an update's table."""
+    columns = {T.PARAM: params, T.GRAD: grads}
+    for i, name in enumerate(rule.state):
+        columns[T.STATE + i * T.STATE_COLUMNS] = state[name]
+        if name + "_scale" in state:
+            columns[T.SCALE + i * T.STATE_COLUMNS] = state[name + "_scale"]
+    return columns
+
+
+def launch_batch(
+    rule: Rule, batch: Batch, codec: Codec, control: Tensor, lr_multipliers: Tensor | None, flags: int
+) -> None:
+    """One launch of the rule; `control` and `lr_multipliers` are on the batch's device, `flags` is `Rule.bits`."""
+    launch(
+        update_kernel,
+        batch.table.chunks,
+        batch.table.entries,
+        batch.table.chunk_entry,
+        batch.table.chunk_index,
+        control,
+        control if lr_multipliers is None else lr_multipliers,
+        RULE=rule.kernel,
+        FLAGS=flags,
+        STATES=len(rule.state),
+        PARAM_TYPE=batch.types[T.PARAM],
+        GRAD_TYPE=batch.types[T.GRAD],
+        STATE_TYPE=batch.types[T.STATE],
+        LOAD=codec.load,
+        STORE=codec.store,
+        HAS_MULTIPLIERS=lr_multipliers is not None,
+        LINES=LINES,
+        LAYOUT=L.KEY + T.KEY,
+    )
+
+
 def launch_update(
     rule: Rule,
     params: Sequence[Tensor],
@@ -148,33 +186,9 @@ def launch_update(
     flags: int,
 ) -> None:
     """`dispatch.update_` by the kernel, with arguments that it has checked."""
-    columns = {T.PARAM: params, T.GRAD: grads}
-    for i, name in enumerate(rule.state):
-        columns[T.STATE + i * T.STATE_COLUMNS] = state[name]
-    for i, name in enumerate(rule.state):  # behind the states, whose types stand at known places
-        if name + "_scale" in state:
-            columns[T.SCALE + i * T.STATE_COLUMNS] = state[name + "_scale"]
-    for batch in batches(columns, rows, ids, read_only=(T.GRAD,)):
+    for batch in batches(columns_of(rule, params, grads, state), rows, ids, read_only=(T.GRAD,)):
         codec = codec_of(state[rule.state[0]][batch.indices[0]])
         here = control.to(batch.device, non_blocking=True)
-        launch(
-            update_kernel,
-            batch.table.chunks,
-            batch.table.entries,
-            batch.table.chunk_entry,
-            batch.table.chunk_index,
-            here,
-            here if lr_multipliers is None else lr_multipliers.to(batch.device, non_blocking=True),
-            RULE=rule.kernel,
-            FLAGS=flags,
-            STATES=len(rule.state),
-            PARAM_TYPE=batch.types[0],
-            GRAD_TYPE=batch.types[1],
-            STATE_TYPE=batch.types[2],
-            LOAD=codec.load,
-            STORE=codec.store,
-            HAS_MULTIPLIERS=lr_multipliers is not None,
-            LINES=LINES,
-            LAYOUT=L.KEY + T.KEY,
-        )
+        factors = None if lr_multipliers is None else lr_multipliers.to(batch.device, non_blocking=True)
+        launch_batch(rule, batch, codec, here, factors, flags)
         batch.finish()

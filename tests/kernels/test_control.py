@@ -306,6 +306,22 @@ def test_a_loss_at_any_address(place, control_rows, unaligned):
     assert all(torch.equal(results[0], other) for other in results)
 
 
+@each_law
+def test_the_log_has_the_last_steps(place, control_rows, law):
+    """Row 0 of every step, skipped ones too, in turn; and the log changes nothing else."""
+    control, plain = (control_rows(2, device=place.device, **UNSTARTED) for _ in range(2))
+    log = torch.full((4, L.NUM_SLOTS), 7.0, device=place.device)
+    guard = log.clone()
+    for i, values in enumerate(noisy(7, 8)):
+        telemetry = torch.tensor([*values[:3], 1.0 if i in (2, 5) else 0.0], device=place.device)
+        control_step(control, telemetry, law=law, log=log[:3], backend=place.backend)
+        control_step(plain, telemetry, law=law, backend=place.backend)
+        guard[i % 3] = plain[0]
+        assert torch.equal(control.nan_to_num(7), plain.nan_to_num(7))
+        assert torch.equal(log.nan_to_num(7), guard.nan_to_num(7))
+    assert control[0, L.SKIPPED] == 2
+
+
 # -- a fresh vector ------------------------------------------------------------------------------------------
 
 

@@ -78,16 +78,22 @@ def test_a_compiler_that_fails_is_reported(tmp_path):
 
 
 @needs_compiler
-def test_small_and_unusual_steps_go_to_pytorch():
-    assert dispatch.choose([torch.ones(10)]) == "torch"
-    assert dispatch.choose([torch.ones(1 << 19)]) == "native"
-    assert dispatch.choose([torch.ones(1 << 19)], None, [torch.ones(1 << 19).half()]) == "torch"
-    assert dispatch.choose([torch.ones(1 << 19)], None, [torch.ones(1 << 20)[::2]]) == "torch"
-    assert dispatch.choose([torch.ones(1 << 19, dtype=torch.float16)]) == "torch"
-    assert dispatch.choose([torch.ones(1024, 1024).t()]) == "torch"
+def test_small_and_unusual_steps_go_to_pytorch(monkeypatch):
+    large = [torch.ones(1 << 19)]
+    monkeypatch.setattr(native, "built", lambda: False)
+    assert dispatch.choose([torch.ones(10)]) == "torch"  # no compiler is started for so little
+    assert dispatch.choose(large) == "native"
+    monkeypatch.setattr(native, "built", lambda: True)
+    assert dispatch.choose([torch.ones(10)]) == "native"
+    assert dispatch.choose([large[0].half(), large[0].bfloat16()]) == "native"
+    assert dispatch.choose([large[0].double()]) == "torch"
+    assert dispatch.choose([torch.ones(1024, 1024).t()]) == "native"
     assert dispatch.choose([torch.ones(10)], "native") == "native"
-    with pytest.raises(TypeError, match="needs float32"):
-        dispatch.choose([torch.ones(10).half()], "native")
+    assert dispatch.choose(large, None, "a rule of somebody's") == "torch"
+    with pytest.raises(TypeError, match="needs float32, float16 or bfloat16"):
+        dispatch.choose([torch.ones(10).double()], "native")
+    with pytest.raises(TypeError, match="cannot serve the rule a rule of somebody's"):
+        dispatch.choose(large, "native", "a rule of somebody's")
 
 
 @needs_compiler

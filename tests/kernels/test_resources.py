@@ -48,7 +48,7 @@ def test_every_variant_fits_turing(sm_75):
 
 def test_aligned_parameters_and_gradients_are_loaded_128_bits_at_a_time(sm_75):
     rows, _ = sm_75
-    # 1,024 elements by 128 threads: 8 elements a thread, 32 bytes of fp32 and 16 of fp16, once for each tensor.
+    # 1,024 elements by 128 threads: 8 elements per thread, 32 bytes of fp32 and 16 of fp16, once for each tensor.
     assert rows["telemetry fp32 gamma=1.5"]["main_loads"]["128"] == 2
     assert rows["telemetry fp16 gamma=1.5"]["main_loads"]["128"] == 1
     assert rows["lion fp32/fp32 state int8"]["main_loads"]["128"] == 4
@@ -83,7 +83,7 @@ def test_bytes_per_parameter_stay_near_the_floor(sm_75):
 
 def test_a_broken_limit_gives_exit_code_1():
     code = (
-        "import cruxy_kernels.inspect.resources as r, cruxy_triton.kernels_command as c, sys;"
+        "import cruxy_kernels.inspect.resources as r, cruxy_triton.cli.kernels as c, sys;"
         "from cruxy_triton.cli import main;"
         "usage = r.Usage('x', 75, 65, 8, 0, forbidden=('HMMA',));"
         "r.inspect = lambda variant, arch: usage;"
@@ -91,7 +91,7 @@ def test_a_broken_limit_gives_exit_code_1():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    for words in ("8 bytes a thread spilled", "65 registers", "0 loads of 128 bits", "uses HMMA"):
+    for words in ("8 bytes per thread spilled", "65 registers per thread", "0 loads of 128 bits", "uses HMMA"):
         assert words in result.stdout
 
 
@@ -190,4 +190,4 @@ def test_counts_and_addresses_of_a_step_compile_nothing_anew():
                     checked.update({name} & set(scalars))
             keys.add(specialisation(variant.kernel, arguments))
         assert len(keys) == 1, f"{variant.name} is compiled {len(keys)} times: {keys}"
-    assert checked == {"chunks", "chunks_per_program", "count", "partials", *scalars}
+    assert checked == {"chunks", "chunks_per_program", "count", "partials", "log_length", *scalars}

@@ -1,5 +1,7 @@
 """Tables and launches: what is rebuilt and when, and how many kernels a step starts."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -62,12 +64,12 @@ def test_rebuilt_only_when_an_address_changes(device, cache):
     grads = [torch.zeros(n, device=device) for n in (100, 3000)]
     first = cache.get({tables.GRAD: grads})
     assert cache.get({tables.GRAD: [g.view(-1) for g in grads]}) is first  # other objects, same memory
-    assert (cache.entries_built, cache.maps_built) == (1, 1)
+    assert cache.built == 1
     moved = cache.get({tables.GRAD: [grads[0], torch.zeros(3000, device=device)]})
     assert moved is not first
-    assert (cache.entries_built, cache.maps_built) == (2, 1)
+    assert cache.built == 2
     cache.get({tables.GRAD: [grads[0], grads[1][:2000]]})
-    assert (cache.entries_built, cache.maps_built) == (3, 2)
+    assert cache.built == 3
     assert cache.get({tables.GRAD: grads}, rows=[0, 1]) is not first
 
 
@@ -75,13 +77,20 @@ def test_old_tables_are_dropped(device, cache):
     kept = [torch.zeros(8 + i, device=device) for i in range(tables.CACHED_TABLES + 5)]
     for t in kept:
         cache.get({tables.GRAD: [t]})
-    assert len(cache._tables) == len(cache._maps) == tables.CACHED_TABLES
+    assert len(cache._tables) == tables.CACHED_TABLES
 
 
 @pytest.fixture
 def stream(monkeypatch):
     """What tables.py asks of CUDA, answered by the test: there need be no device. `.on` and `.capturing` are set."""
-    state = SimpleNamespace(on=1, capturing=False)
+    state = SimpleNamespace(on=1, capturing=False, sources=[])
+
+    def pinned(values, device):
+        copy = values.clone()
+        state.sources.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(tables, "pinned", pinned)
     monkeypatch.setattr(tables, "to_device", lambda values, device: values.clone())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=state.on))
@@ -112,6 +121,22 @@ def test_a_table_of_a_captured_graph_is_never_handed_out_again(cache, stream):
         stream.capturing = i % 2 == 0
         cache.get({tables.GRAD: [on_cuda(3000 + i, 4096)]})
     assert all(any(kept is table for kept in cache._captured) for table in (*captured, again))
+
+
+def test_what_a_captured_graph_copies_from_stays(cache, stream):
+    """Every replay copies again from the pinned memory: freed, it would hold another copy's values by then."""
+    stream.capturing = True
+    table = cache.get({tables.GRAD: [on_cuda(3000, 4096), on_cuda(10, 64)]})
+    table.set_grads(torch.tensor([8192, 128]))
+    gc.collect()
+    assert len(stream.sources) == 4
+    assert all(source() is not None for source in stream.sources)
+    assert table.entries[:, tables.GRAD].tolist() == [8192, 128]
+    stream.capturing = False
+    table.set_grads(torch.tensor([4100, 64]))
+    gc.collect()
+    assert [source() is None for source in stream.sources] == [False] * 4 + [True]
+    assert table.entries[:, tables.ALIGNED].tolist() == [0, 1]
 
 
 def test_a_table_belongs_to_its_stream(cache, stream):
@@ -153,7 +178,7 @@ def test_three_launches(device, cache, started, control_rows, count, rule):
         step(p, g, m, v, control, rule=rule)
         assert started == ["telemetry_kernel", "control_kernel", "update_kernel"]
     assert all((a != b).any() for a, b in zip(p, before, strict=True))
-    assert cache.entries_built == 2  # gradients for telemetry; parameters, gradients and state for the update
+    assert cache.built == 2  # gradients for telemetry; parameters, gradients and state for the update
 
 
 def test_three_launches_for_5000_tensors(device, cache, started, control_rows, monkeypatch):

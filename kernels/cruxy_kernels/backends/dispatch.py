@@ -26,14 +26,13 @@ from ..laws import layout as L
 from ..laws.control import launch_control, step_law
 from ..laws.telemetry import launch_telemetry
 from ..rules import RULES, Rule
-from ..tables import ALIGNMENT, CHUNK
+from ..tables import ALIGNMENT, CHUNK, ELEMENT_TYPES
 from ..update import LINES, launch_update
 from . import native, pieces
 
 BACKENDS = ("triton", "native", "torch")
 VARIABLE = "CRUXY_BACKEND"
 MIN_CAPABILITY = (7, 0)
-STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # -- which ------------------------------------------------------------------
@@ -97,25 +96,26 @@ def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None
     return None, f"{name} ({arch})"
 
 
-def choose(tensors: Sequence[Tensor], backend: str | None = None, momentum: Sequence[Tensor] = ()) -> str:
-    """The backend for a call on these parameters and gradients.
+def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | None = None) -> str:
+    """The backend for a call on these parameters, gradients and states, with this update rule.
 
     Dtypes that no kernel stores (float64) go to PyTorch, as do CPU steps that are too small to compile for.
     """
-    if tensors[0].device.type == "cpu" and _open(backend) and _elements(tensors) < native.MIN_ELEMENTS:
+    is_open = backend is None and not os.environ.get(VARIABLE)
+    if is_open and tensors[0].is_cpu and not native.built() and _elements(tensors) < native.MIN_ELEMENTS:
         return "torch"
     chosen = explain(tensors[0].device, backend)[0]
     if chosen == "native":
-        obstacle = native.obstacle(tensors, momentum)
+        obstacle = native.obstacle(tensors, rule)
         if obstacle is not None:
-            if not _open(backend):
+            if not is_open:
                 raise TypeError(f"backend 'native' cannot serve {obstacle}")
             return "torch"
     if chosen == "triton":
-        strange = {t.dtype for t in tensors} - set(STORAGE_DTYPES)
+        strange = {t.dtype for t in tensors} - set(ELEMENT_TYPES)
         if strange:
             names = ", ".join(sorted(map(str, strange)))
-            if not _open(backend):
+            if not is_open:
                 raise TypeError(f"the Triton kernels take float32, float16 and bfloat16, got {names}")
             _warn_dtype(names)
             return "torch"
@@ -124,14 +124,9 @@ def choose(tensors: Sequence[Tensor], backend: str | None = None, momentum: Sequ
 
 def _choose_small(device: torch.device, backend: str | None) -> str:
     """The backend of what native.cpp does not have: on a CPU nothing needs to be compiled for it."""
-    if device.type == "cpu" and _open(backend):
+    if device.type == "cpu" and backend is None and not os.environ.get(VARIABLE):
         return "torch"
     return explain(device, backend)[0]
-
-
-def _open(backend: str | None) -> bool:
-    """Whether nobody asked for a backend."""
-    return backend is None and not os.environ.get(VARIABLE)
 
 
 def _elements(tensors: Sequence[Tensor]) -> int:
@@ -197,6 +192,7 @@ def control_step(
     law: str = "meta3",
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
+    log: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One step of the per-step law, in place (white paper eq 2-7; docs/laws.md).
@@ -211,6 +207,8 @@ def control_step(
         law: "stability_v1", "stability_v2" or "meta3".
         found_inf, grad_scale: 0-dim or 1-element float32 tensors of torch's GradScaler, same device. Statistics and
             gradients are those that were stored, divided by grad_scale.
+        log: float32 (n, layout.NUM_SLOTS), same device: row 0 after the step is copied to log[(steps - 1) % n], steps
+            counting those that were skipped.
         backend: "triton", "native" or "torch".
 
     Raises:
@@ -224,13 +222,16 @@ def control_step(
             f"telemetry is {telemetry.dtype} of shape {tuple(telemetry.shape)}; expected float32 "
             f"({L.NUM_TELEMETRY},) or (n, {L.NUM_TELEMETRY}), as gradient_telemetry makes it"
         )
-    for name, value in (("telemetry", telemetry), ("loss", loss), ("found_inf", found_inf), ("grad_scale", grad_scale)):
+    if log is not None:
+        _check_control(log, "log")
+    given = {"telemetry": telemetry, "loss": loss, "found_inf": found_inf, "grad_scale": grad_scale, "log": log}
+    for name, value in given.items():
         if value is not None and value.device != control.device:
             raise ValueError(f"{name} is on {value.device} and control on {control.device}; move one to the other")
     scalars = [_scalar(name, value) for name, value in (("loss", loss), ("found_inf", found_inf))]
     scale = _scalar("grad_scale", grad_scale)
     run = launch_control if _choose_small(control.device, backend) == "triton" else step_law
-    run(control, telemetry.contiguous(), scalars[0], law, scalars[1], scale)
+    run(control, telemetry.contiguous(), scalars[0], law, scalars[1], scale, log)
 
 
 def _scalar(name: str, value: Tensor | None) -> Tensor | None:
@@ -285,20 +286,15 @@ def update_(
     chosen_rule = RULES[rule]
     bits = chosen_rule.bits(flags)
     _check_control(control)
-    _check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
+    check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
     if not params:
         return
-    chosen = choose([*params, *grads], backend, [t for name in chosen_rule.state for t in state[name]])
-    if chosen == "native" and rule not in native.RULES_SERVED:
-        if not _open(backend):
-            raise TypeError(f"backend 'native' cannot serve {rule}: it has {', '.join(native.RULES_SERVED)}")
-        chosen = "torch"
+    chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend, rule)
     if lr_multipliers is not None:
         lr_multipliers = lr_multipliers.contiguous()
-    if chosen == "triton":
-        launch_update(chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, bits)
-    elif chosen == "native":
-        native.update(chosen_rule, params, grads, state, control, rows, lr_multipliers, bits)
+    if chosen in ("triton", "native"):
+        run = launch_update if chosen == "triton" else native.update
+        run(chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, bits)
     else:
         pieces.update(
             chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, {**chosen_rule.flags, **flags}
@@ -425,17 +421,17 @@ def _check_floating(name: str, tensors: Sequence[Tensor]) -> None:
             raise TypeError(f"{name}[{i}] is {t.dtype} ({t.layout}); expected a dense floating-point tensor")
 
 
-def _check_control(control: Tensor) -> None:
+def _check_control(control: Tensor, name: str = "control") -> None:
     if control.dtype != torch.float32 or control.dim() != 2 or control.shape[1] != L.NUM_SLOTS:
         raise ValueError(
-            f"control is {control.dtype} of shape {tuple(control.shape)}; expected float32 "
+            f"{name} is {control.dtype} of shape {tuple(control.shape)}; expected float32 "
             f"(num_rows, {L.NUM_SLOTS}), as new_control makes it"
         )
     if not control.is_contiguous():
-        raise ValueError("control is not contiguous; expected one contiguous float32 tensor")
+        raise ValueError(f"{name} is not contiguous; expected one contiguous float32 tensor")
 
 
-def _check_update(
+def check_update(
     rule: Rule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -493,8 +489,6 @@ def _check_codes(rule: Rule, name: str, i: int, codes: Tensor, scales: Tensor) -
         codec.check(codes, scales)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}_scale[{i}]: {error}") from None
-    if not scales.is_contiguous():
-        raise ValueError(f"{name}_scale[{i}] has stride {scales.stride()[0]}; expected a contiguous tensor")
 
 
 def _refuse_storage(rule: Rule, name: str, i: int, value: Tensor) -> None:

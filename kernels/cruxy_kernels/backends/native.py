@@ -1,8 +1,8 @@
 """The step's large loops on a CPU, compiled from native.cpp on first use: one pass over memory for many tensors.
 
 PyTorch operators (pieces.py) read and write every buffer a dozen times; a fused loop does it once. A C++ compiler
-is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.py tells. Serves fp32 parameters and
-gradients on the CPU; what else a step needs (control law, codec) is small.
+is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.py tells. Serves fp32, fp16 and
+bfloat16 on the CPU; what else a step needs (control law, codec) is small.
 
 The shared object lies in $CRUXY_CACHE, or cruxy-triton in the user's cache folder, under a name that depends on
 source, compiler, flags and processor. $CRUXY_NATIVE_FLAGS are more flags for the compiler (sanitizers, say).
@@ -16,8 +16,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,9 +29,9 @@ SOURCE = Path(__file__).with_name("native.cpp")
 # No fused multiply-add: codes and signs are then those of the specification.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
-# Below this a step takes less time than the compiler would: PyTorch serves it.
+# Below this a step takes less time than the compiler would: PyTorch serves it, unless the loops are there already.
 MIN_ELEMENTS = 1 << 18
-_ROW = 8  # int64 columns of native.cpp's Row
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # native.cpp's Type
 _COMPILE_SECONDS = 300
 RULES_SERVED = ("lion", "adamw")  # the functions of native.cpp
 
@@ -41,20 +39,13 @@ RULES_SERVED = ("lion", "adamw")  # the functions of native.cpp
 @functools.lru_cache(maxsize=1)
 def library() -> tuple[ctypes.CDLL | None, str]:
     """(the compiled loops or None, how they were made or why not)."""
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    compiler = _compiler()
     if compiler is None:
         return None, "no C++ compiler found (CXX, g++, clang++)"
     try:
-        source = SOURCE.read_bytes()
-        flags = [*FLAGS, *os.environ.get("CRUXY_NATIVE_FLAGS", "").split()]
-        version = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
-        ).stdout.partition("\n")[0]
-        key = hashlib.sha256(b"\0".join([source, " ".join(flags).encode(), version.encode(), _processor()]))
-        folder = _cache_folder()
-        path = folder / f"native-{key.hexdigest()[:20]}.so"
+        path, version = _target(compiler)
         if not path.exists():
-            _compile(compiler, flags, path)
+            _compile(compiler, path)
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
@@ -63,10 +54,37 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     flag = ctypes.c_int
     loaded.telemetry.argtypes = [pointer, integer, real, flag, pointer, flag]
     for name in RULES_SERVED:
-        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, flag, flag, flag]
+        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, flag, flag]
     for name in ("telemetry", *RULES_SERVED):
         getattr(loaded, name).restype = None
     return loaded, f"loops compiled by {version}"
+
+
+@functools.lru_cache(maxsize=1)
+def built() -> bool:
+    """Whether the loops were there when this process first asked: they then serve small steps too."""
+    compiler = _compiler()
+    try:
+        return compiler is not None and _target(compiler)[0].exists()
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _compiler() -> str | None:
+    return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *os.environ.get("CRUXY_NATIVE_FLAGS", "").split()]
+
+
+def _target(compiler: str) -> tuple[Path, str]:
+    """(where the compiled loops lie, the compiler's version)."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.partition("\n")[0]
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(_flags()).encode(), version.encode(), _processor()]))
+    return _build_folder() / f"native-{key.hexdigest()[:20]}.so", version
 
 
 def _processor() -> bytes:
@@ -78,10 +96,16 @@ def _processor() -> bytes:
         return f"{platform.machine()} {platform.processor()}".encode()
 
 
-def _cache_folder() -> Path:
-    chosen = os.environ.get("CRUXY_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(chosen) if chosen else base / "cruxy-triton"
+def cache_folder() -> Path:
+    """CRUXY_CACHE, or cruxy-triton in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    if chosen := os.environ.get("CRUXY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cruxy-triton"
+
+
+@functools.lru_cache(maxsize=1)
+def _build_folder() -> Path:
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -91,12 +115,12 @@ def _cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="cruxy-native-"))
 
 
-def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
+def _compile(compiler: str, path: Path) -> None:
     """Compiles to a temporary name and moves it into place, so that processes may race."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *flags, "-o", temporary, str(SOURCE)]
+        command = [compiler, *_flags(), "-o", temporary, str(SOURCE)]
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
         try:
             run([*command, "-march=native"])
@@ -108,46 +132,48 @@ def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
             os.unlink(temporary)
 
 
-def obstacle(tensors: Sequence[Tensor], state: Sequence[Tensor] = ()) -> str | None:
+def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
     """Why these parameters, gradients and state buffers cannot be served, or None."""
-    dtypes = {t.dtype for t in tensors}
-    if dtypes - {torch.float32}:
-        return f"{', '.join(sorted(map(str, dtypes)))} parameters or gradients: it needs float32"
-    dtypes = {t.dtype for t in state}
-    if len(dtypes) > 1 or dtypes - {torch.float32, torch.int8}:
-        return f"{', '.join(sorted(map(str, dtypes)))} state: it needs float32, or int8 codes"
-    if not all([t.is_cpu and t.is_contiguous() for t in tensors]):
-        return "tensors that are not contiguous or not on the CPU"
-    if not all([t.is_contiguous() for t in state]):
-        return "state that is not contiguous"
+    if rule not in (None, *RULES_SERVED):
+        return f"the rule {rule}: native.cpp has {', '.join(RULES_SERVED)}"
+    if odd := {t.dtype for t in tensors} - set(TYPES):
+        return f"{', '.join(sorted(map(str, odd)))} tensors: it needs float32, float16 or bfloat16"
+    if not all([t.is_cpu for t in tensors]):
+        return "tensors that are not on the CPU"
     return None
 
 
-class _Tables(threading.local):
-    """The last tables made, by addresses; gradients that are made anew each step need a new one."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple, Tensor] = OrderedDict()
-
-    def get(self, columns: Sequence[Sequence[Tensor] | None], rows: Sequence[int] | None) -> Tensor:
-        first = next(column for column in columns if column is not None)
-        count = len(first)
-        zeros = [0] * count
-        values = [zeros if column is None else [t.data_ptr() for t in column] for column in columns]
-        values += [[t.numel() for t in first], zeros if rows is None else list(rows)]
-        key = tuple([tuple(column) for column in values])
-        table = self._kept.get(key)
-        if table is None:
-            table = torch.tensor([*values, list(range(count))], dtype=torch.int64).T.contiguous()
-            self._kept[key] = table
-            if len(self._kept) > 16:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(key)
-        return table
+# Columns of native.cpp's Row.
+PARAM, GRAD, STATE, SCALE, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, NUMEL, ROW, INDEX, ID = 0, 1, 2, 4, 6, 7, 8, 9, 10, 11, 12
+COLUMNS = 13
 
 
-_tables = _Tables()
+def table_of(
+    params: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]] = (),
+    scales: Sequence[Sequence[Tensor] | None] = (),
+    rows: Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
+) -> Tensor:
+    """int64 (tensors, COLUMNS): native.cpp's Rows of contiguous tensors, valid while they live."""
+    table = torch.zeros((len(grads), COLUMNS), dtype=torch.int64)
+    addresses = {GRAD: grads}
+    if params is not None:
+        addresses[PARAM] = params
+    addresses |= {STATE + i: tensors for i, tensors in enumerate(states)}
+    addresses |= {SCALE + i: tensors for i, tensors in enumerate(scales) if tensors is not None}
+    for column, tensors in addresses.items():
+        table[:, column] = torch.tensor([t.data_ptr() for t in tensors])
+    for column, tensors in ((PARAM_TYPE, params), (GRAD_TYPE, grads), (STATE_TYPE, states[0] if states else None)):
+        if tensors is not None:
+            table[:, column] = torch.tensor([TYPES[t.dtype] for t in tensors])
+    table[:, NUMEL] = torch.tensor([g.numel() for g in grads])
+    table[:, INDEX] = torch.arange(len(grads))
+    table[:, ID] = table[:, INDEX] if ids is None else torch.tensor(ids)
+    if rows is not None:
+        table[:, ROW] = torch.tensor(rows)
+    return table
 
 
 def _loops() -> ctypes.CDLL:
@@ -157,22 +183,27 @@ def _loops() -> ctypes.CDLL:
     return loaded
 
 
-def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
-    """`dispatch.gradient_telemetry`: (len(grads), 4), or the totals (4,)."""
-    out = torch.zeros((len(grads) if per_tensor else 1, L.NUM_TELEMETRY))
-    table = _tables.get([None, grads, None, None, None], None)
+def run_telemetry(table: Tensor, gamma: float, per_tensor: bool = False) -> Tensor:
+    """(tensors, 4), or the totals (4,), of a table's gradients."""
+    out = torch.zeros((len(table) if per_tensor else 1, L.NUM_TELEMETRY))
     _loops().telemetry(table.data_ptr(), len(table), gamma, per_tensor, out.data_ptr(), torch.get_num_threads())
     return out if per_tensor else out[0]
 
 
-def _values(control: Tensor) -> Tensor:
-    """native.cpp's Values for each control row."""
-    slots = control.unbind(1)
-    step_size = slots[L.LR_OUT] * slots[L.BIAS_CORRECTION2_SQRT] / slots[L.BIAS_CORRECTION1]
-    return torch.stack(
-        [slots[L.SKIP], slots[L.GRAD_FACTOR], slots[L.LR_OUT], slots[L.WEIGHT_DECAY],
-         slots[L.BETA1_OUT], slots[L.BETA2_OUT], slots[L.EPS], step_size], dim=1
-    )  # fmt: skip
+def run_update(rule: Rule, table: Tensor, control: Tensor, lr_multipliers: Tensor | None, flags: int) -> None:
+    """The rule over a table; `flags` is `Rule.bits`."""
+    # native.cpp's Values of each control row.
+    values = control[:, [L.SKIP, L.GRAD_FACTOR, L.LR_OUT, L.WEIGHT_DECAY, L.BETA1_OUT, L.BETA2_OUT, L.EPS,
+                         L.BIAS_CORRECTION1, L.BIAS_CORRECTION2_SQRT, L.STEP, L.SEED]]  # fmt: skip
+    factors = None if lr_multipliers is None else lr_multipliers.data_ptr()
+    threads = torch.get_num_threads()
+    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), factors, flags, threads)
+
+
+def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
+    """`dispatch.gradient_telemetry`: (len(grads), 4), or the totals (4,)."""
+    grads = [g.contiguous() for g in grads]
+    return run_telemetry(table_of(None, grads), gamma, per_tensor)
 
 
 def update(
@@ -182,21 +213,18 @@ def update(
     state: Mapping[str, Sequence[Tensor]],
     control: Tensor,
     rows: Sequence[int] | None,
+    ids: Sequence[int] | None,
     lr_multipliers: Tensor | None,
     flags: int,
 ) -> None:
     """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
-    first = rule.state[0]
-    second = state[rule.state[1]] if len(rule.state) > 1 else None
-    table = _tables.get([params, grads, state[first], state.get(first + "_scale"), second], rows)
-    values = _values(control.to("cpu"))
-    multipliers = None if lr_multipliers is None else lr_multipliers.to("cpu")
-    getattr(_loops(), rule.name)(
-        table.data_ptr(),
-        len(table),
-        values.data_ptr(),
-        None if multipliers is None else multipliers.data_ptr(),
-        first + "_scale" in state,
-        flags,
-        torch.get_num_threads(),
-    )
+    written = {"": params, **state}
+    here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
+    states, scales = [here[name] for name in rule.state], [here.get(name + "_scale") for name in rule.state]
+    grads = [g.contiguous() for g in grads]
+    factors = None if lr_multipliers is None else lr_multipliers.to("cpu")
+    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control.to("cpu"), factors, flags)
+    for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
+        for tensor, copy in zip(tensors, here[name], strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)

@@ -1,8 +1,8 @@
 """What a kernel needs on a named card, found without one: registers, spills, shared memory, load widths.
 
 Triton cross-compiles for any NVIDIA architecture; the ptxas inside its wheel assembles, and the cuobjdump beside
-it shows the machine code. Bytes a parameter are counted from what a kernel has to move (architecture.md, "Numbers
-that bound a step").
+it shows the machine code. Bytes per parameter are counted from the tensors that a kernel reads and writes, and the
+table that leads to them; the floor is the tensors alone.
 """
 
 import os
@@ -51,8 +51,8 @@ class Variant:
     num_warps: int = 4
     wide_loads: int = 0  # 128-bit loads that the parameters and gradients of a thread take
     wide_stores: int = 0  # the same for storing parameters
-    bytes_moved: float = 0.0  # bytes a parameter
-    floor: float | None = None  # the bytes a parameter that architecture.md counts
+    bytes_moved: float = 0.0  # bytes per parameter
+    floor: float | None = None  # bytes per parameter of the tensors alone
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Usage:
     name: str
     arch: int
     registers: int
-    spills: int  # bytes of local memory a thread
-    shared: int  # bytes a program
+    spills: int  # bytes of local memory per thread
+    shared: int  # bytes per program
     loads: dict[str, int] = field(default_factory=dict)  # instructions by width in bits
     stores: dict[str, int] = field(default_factory=dict)
     main_loads: dict[str, int] = field(default_factory=dict)  # the same, in the unmasked path alone
@@ -133,7 +133,7 @@ WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
 
 def memory_width(instruction: str) -> tuple[str, int] | None:
-    """("load" or "store", bits a thread) of a global memory instruction, None for any other."""
+    """("load" or "store", bits per thread) of a global memory instruction, None for any other."""
     found = re.search(r"\b(LDG|STG)((?:\.\w+)*)", instruction)
     if found is None:
         return None
@@ -175,14 +175,14 @@ def read_sass(sass: str, usage: Usage) -> None:
 
 
 def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
-    """Resident threads over the most that a multiprocessor holds; registers come in units of 256 a warp."""
+    """Resident threads over the most that a multiprocessor holds; registers come in units of 256 per warp."""
     unit = MULTIPROCESSOR[arch]
     threads = 32 * num_warps
-    registers_a_program = -(-registers * 32 // 256) * 256 * num_warps
+    registers_per_program = -(-registers * 32 // 256) * 256 * num_warps
     programs = min(
         unit["threads"] // threads,
         unit["blocks"],
-        REGISTERS // registers_a_program,
+        REGISTERS // registers_per_program,
         unit["shared_kib"] * 1024 // shared if shared else unit["blocks"],
     )
     return programs * threads / unit["threads"]
@@ -192,10 +192,10 @@ def broken_limits(variant: Variant, usage: Usage) -> list[str]:
     """The limits that `usage` breaks, as sentences; the register limit is launch.py's."""
     found = []
     if usage.spills:
-        found.append(f"{usage.spills} bytes a thread spilled, limit 0")
+        found.append(f"{usage.spills} bytes per thread spilled, limit 0")
     limit = register_limit((usage.arch // 10, usage.arch % 10))
     if usage.registers > limit:
-        found.append(f"{usage.registers} registers a thread, limit {limit}")
+        found.append(f"{usage.registers} registers per thread, limit {limit}")
     wide = usage.main_loads.get("128", 0)
     if wide < variant.wide_loads:
         found.append(f"{wide} loads of 128 bits in the main path, expected at least {variant.wide_loads}")

@@ -68,14 +68,15 @@ def _telemetry() -> list[Variant]:
 
 def _control() -> list[Variant]:
     scalars = {"loss_pointer": "*fp32", "found_inf": "*fp32", "grad_scale": "*fp32"}
-    given = {"HAS_LOSS": True, "HAS_FOUND_INF": True, "HAS_GRAD_SCALE": True}
+    scalars |= {"log": "*fp32", "log_length": "i32"}
+    given = {"HAS_LOSS": True, "HAS_FOUND_INF": True, "HAS_GRAD_SCALE": True, "HAS_LOG": True}
     return [
         Variant(
             f"control {law}",
             control_kernel,
             {"control": "*fp32", "telemetry": "*fp32", "partials": "i32"} | scalars,
             {"LAW": number, "LAYOUT": L.KEY, "PARTIALS": PARTIALS_AT_ONCE} | given,
-            aligned=("control", "telemetry"),
+            aligned=("control", "telemetry", "log"),
         )
         for law, number in L.LAWS.items()
     ]

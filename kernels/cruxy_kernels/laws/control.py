@@ -103,6 +103,13 @@ def phase_modulation(
     return lr_out, beta2_out
 
 
+def write_log(control: Tensor, log: Tensor) -> None:
+    """Copies row 0 to the place of its step in `log`, (n, NUM_SLOTS), which starts again when it is full."""
+    row = control[0]
+    turn = torch.remainder(row[L.STEP] + row[L.SKIPPED] - 1, len(log)).long()
+    log.index_copy_(0, turn.reshape(1), row[None])
+
+
 def step_law(
     control: Tensor,
     telemetry: Tensor,
@@ -110,6 +117,7 @@ def step_law(
     law: str,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
+    log: Tensor | None = None,
 ) -> None:
     """The specification of `dispatch.control_step`, in place; same arguments."""
     slot = control[:, : L.FAST_HISTORY].unbind(1)
@@ -189,6 +197,7 @@ def step_law(
             beta2_out = beta2_out.clamp(L.V2_BETA2_MIN, L.V2_BETA2_MAX)
             decay = torch.exp(-L.V2_DECAY * (phase - L.V2_PHASE_HIGH))
             recovery = 1 + L.V2_RECOVERY * (L.V2_PHASE_HIGH - phase)
+            scale = scale + guard * L.V2_RELAXATION * (1 - scale)
             scale = scale * torch.where(phase > L.V2_PHASE_HIGH, decay, 1.0)
             scale = scale * torch.where(phase < L.V2_PHASE_LOW, recovery, 1.0)
             emergency = alarm & guard & (slot[L.SCALE_MAX] < math.inf) & (cooldown <= 0)
@@ -224,6 +233,8 @@ def step_law(
     control[:, L.SKIP].copy_(bad)
     control[:, L.GRAD_NORM].copy_(norm)
     control[:, L.NONFINITE].copy_(nonfinite)
+    if log is not None:
+        write_log(control, log)
 
 
 if HAS_TRITON:
@@ -254,7 +265,8 @@ if HAS_TRITON:
         return tl.minimum(tl.maximum(x, low), high)
 
     @triton.jit(
-        do_not_specialize=["partials"], do_not_specialize_on_alignment=["loss_pointer", "found_inf", "grad_scale"]
+        do_not_specialize=["partials", "log_length"],
+        do_not_specialize_on_alignment=["loss_pointer", "found_inf", "grad_scale"],
     )
     def control_kernel(
         control,  # fp32 (rows, NUM_SLOTS)
@@ -263,10 +275,13 @@ if HAS_TRITON:
         loss_pointer,  # fp32 (1,)
         found_inf,  # fp32 (1,)
         grad_scale,  # fp32 (1,)
+        log,  # fp32 (log_length, NUM_SLOTS)
+        log_length,
         LAW: tl.constexpr,
         HAS_LOSS: tl.constexpr,
         HAS_FOUND_INF: tl.constexpr,
         HAS_GRAD_SCALE: tl.constexpr,
+        HAS_LOG: tl.constexpr,
         LAYOUT: tl.constexpr,
         PARTIALS: tl.constexpr,
     ):
@@ -372,6 +387,7 @@ if HAS_TRITON:
                 beta2 = clamp(beta2, L.V2_BETA2_MIN, L.V2_BETA2_MAX)
                 decay = tl.exp(-L.V2_DECAY * (phase - L.V2_PHASE_HIGH))
                 recovery = 1 + L.V2_RECOVERY * (L.V2_PHASE_HIGH - phase)
+                scale += tl.where(guard, L.V2_RELAXATION * (1 - scale), 0.0)
                 scale = scale * tl.where(phase > L.V2_PHASE_HIGH, decay, 1.0)
                 scale = scale * tl.where(phase < L.V2_PHASE_LOW, recovery, 1.0)
                 scale_max = tl.load(slots + L.SCALE_MAX)
@@ -423,6 +439,14 @@ if HAS_TRITON:
             tl.store(slots + L.BIAS_CORRECTION1, one_minus_power(beta1, age))
             tl.store(slots + L.BIAS_CORRECTION2_SQRT, tl.sqrt(one_minus_power(beta2, age)))
             tl.store(slots + L.LOSS, loss)
+        if HAS_LOG:  # noqa: SIM102 (a constant of the kernel, and a condition in it)
+            if tl.program_id(0) == 0:  # write_log
+                tl.debug_barrier()
+                count = tl.load(slots + L.STEP) + tl.load(slots + L.SKIPPED)
+                turn = (count.to(tl.int32) - 1) % log_length
+                slot = tl.arange(0, 128)
+                row = tl.load(slots + slot, mask=slot < L.NUM_SLOTS)
+                tl.store(log + turn * L.NUM_SLOTS + slot, row, mask=slot < L.NUM_SLOTS)
 
 
 def launch_control(
@@ -432,6 +456,7 @@ def launch_control(
     law: str,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
+    log: Tensor | None = None,
 ) -> None:
     """`dispatch.control_step` by the kernel; same arguments."""
     with on_device(control.device):
@@ -444,10 +469,13 @@ def launch_control(
             control if loss is None else loss,
             control if found_inf is None else found_inf,
             control if grad_scale is None else grad_scale,
+            control if log is None else log,
+            1 if log is None else len(log),
             LAW=L.LAWS[law],
             HAS_LOSS=loss is not None,
             HAS_FOUND_INF=found_inf is not None,
             HAS_GRAD_SCALE=grad_scale is not None,
+            HAS_LOG=log is not None,
             LAYOUT=L.KEY,
             PARTIALS=PARTIALS_AT_ONCE,
         )

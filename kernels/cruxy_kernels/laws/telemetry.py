@@ -151,30 +151,36 @@ if HAS_TRITON:
         tl.store(out + 3, bad)
 
 
+def launch_partials(table: T.TensorTable, grad_type: str, gamma: float, chunks_per_program: int = 0) -> Tensor:
+    """Partial sums of a table's gradients, fp32 (programs, 4); without `chunks_per_program` as few as add up well."""
+    per_program = chunks_per_program or max(1, -(-table.chunks // MAX_PARTIALS))
+    programs = -(-table.chunks // per_program)
+    partials = torch.empty((programs, L.NUM_TELEMETRY), dtype=torch.float32, device=table.entries.device)
+    launch(
+        telemetry_kernel,
+        programs,
+        table.entries,
+        table.chunk_entry,
+        table.chunk_index,
+        table.chunks,
+        per_program,
+        float(gamma),
+        partials,
+        GRAD_TYPE=grad_type,
+        GAMMA_IS_1_5=gamma == 1.5,
+        LINES=T.CHUNK // 8,
+        LAYOUT=T.KEY,
+    )
+    return partials
+
+
 def launch_telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool, partial: bool) -> Tensor:
     """`dispatch.gradient_telemetry` by the kernels."""
     device = grads[0].device
     found = []
     for batch in batches({T.GRAD: grads}, read_only=(T.GRAD,)):
         table = batch.table
-        chunks_per_program = 1 if per_tensor else max(1, -(-table.chunks // MAX_PARTIALS))
-        programs = -(-table.chunks // chunks_per_program)
-        partials = torch.empty((programs, L.NUM_TELEMETRY), dtype=torch.float32, device=batch.device)
-        launch(
-            telemetry_kernel,
-            programs,
-            table.entries,
-            table.chunk_entry,
-            table.chunk_index,
-            table.chunks,
-            chunks_per_program,
-            float(gamma),
-            partials,
-            GRAD_TYPE=batch.types[0],
-            GAMMA_IS_1_5=gamma == 1.5,
-            LINES=T.CHUNK // 8,
-            LAYOUT=T.KEY,
-        )
+        partials = launch_partials(table, batch.types[T.GRAD], gamma, 1 if per_tensor else 0)
         if per_tensor:
             totals = torch.empty((table.tensors, L.NUM_TELEMETRY), dtype=torch.float32, device=batch.device)
             sizes = {"CHUNK": T.CHUNK, "PARTIALS": PARTIALS_AT_ONCE, "LAYOUT": T.KEY}
