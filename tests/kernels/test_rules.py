@@ -394,6 +394,36 @@ def test_a_list_in_any_order_rounds_the_same(place, control_rows, rule):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_value_is_kept(place, control_rows, dtype):
+    """A step that changes nothing keeps every bit pattern of parameter and state, denormals and infinities too."""
+    stored = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).to(place.device)
+    p, m, g = stored.clone(), stored.clone(), torch.zeros_like(stored)
+    control = control_rows(device=place.device, LR_OUT=0.0, WEIGHT_DECAY=0.0, BETA2_OUT=1.0)
+    update_("lion", [p], [g], {"exp_avg": [m]}, control, backend=place.backend)
+    number = ~stored.isnan()
+    for found in (p, m):
+        assert torch.equal(found.isnan(), ~number)
+        assert torch.equal(found[number].float(), stored[number].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_16_bit_state_is_rounded_to_nearest(place, control_rows, dtype):
+    """Any fp32 bits: ties to even, denormals, beyond the largest; with beta2 = 0 the momentum is the gradient."""
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 30_000, dtype=np.uint32)
+    ties = (np.random.default_rng(1).integers(0, 1 << 16, 10_000, dtype=np.uint32) << 16) | 0x8000
+    half = torch.arange(0x7BFF, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    between = (half[:-1] + half[1:]) / 2  # ties of fp16
+    edges = torch.tensor([65504.0, 65519.0, 65520.0, 65536.0, 2.0**-24, 2.0**-25, 2.0**-26, 3.39e38, 3.4e38])
+    numbers = torch.from_numpy(np.concatenate([bits, ties]).view(np.float32).copy())
+    g = torch.cat([numbers, between, -between, edges, -edges])
+    g = g[~g.isnan()].to(place.device)
+    m = torch.zeros(len(g), dtype=dtype, device=place.device)
+    control = control_rows(device=place.device, BETA2_OUT=0.0, GRAD_FACTOR=1.0)
+    update_("lion", [torch.zeros_like(g)], [g], {"exp_avg": [m]}, control, backend=place.backend)
+    assert torch.equal(m.float(), g.to(dtype).float())
+
+
 # -- what must not happen ------------------------------------------------------------------------------------
 
 
