@@ -1,8 +1,8 @@
 """`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
 
-    cruxy-triton bench step --device cpu --census lora-r8
-    cruxy-triton bench codec --gradients runs/NAME/gradients
-    cruxy-triton bench rounding
+cruxy-triton bench step --device cpu --census lora-r8
+cruxy-triton bench codec --gradients runs/NAME/gradients
+cruxy-triton bench rounding
 """
 
 import argparse
@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: %(default)s)")
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
+    step.add_argument("--host", action="store_true", help="what a step costs its host, kernels counted and not started")
     codec = kinds.add_parser("codec", help="sign flips of 8-bit momentum on recorded gradients")
     codec.add_argument("--gradients", type=Path, required=True, help="folder or file of recorded gradients")
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
@@ -46,8 +47,11 @@ def run(args: argparse.Namespace) -> int:
     widths = [max(len(line[i]) for line in text) for i in range(len(heads))]
     for line in text:
         sys.stdout.write("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n")
-    facts = {key: value for key, value in report.items() if key not in ("rows", "absent") and value is not None}
+    facts = {key: value for key, value in report.items() if key not in ("rows", "absent", "work") and value is not None}
     sys.stdout.write("\n" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
+    for name, steps in report.get("work", {}).items():
+        for kind, work in steps.items():
+            sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
     for name, reason in report.get("absent", {}).items():
         sys.stdout.write(f"did not run: {name} ({reason})\n")
     return 0
@@ -62,12 +66,14 @@ def cell(value: Any) -> str:
 def run_step(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from cruxy_triton.bench import step
+    from cruxy_triton.bench import host, step
 
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UserError("--rounds and --threads must be at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.host:
+        return host.run(args.census, args.rounds, args.only)
     return step.run(args.device, args.census, args.rounds, args.dtype, args.only)
 
 

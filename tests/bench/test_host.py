@@ -1,0 +1,68 @@
+"""The host's work in a step over the 308 tensors of a LoRA: launches, operators, calls. Timings are in `bench step`."""
+
+import json
+
+import pytest
+import torch
+
+from cruxy_triton.bench import census, host
+from cruxy_triton.cli import main
+from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
+
+# What a step may cost at most; lower them where a step gets cheaper.
+KERNELS = {"control_kernel": 1, "telemetry_kernel": 1, "update_kernel": 1}
+OPERATORS = 1  # that a GPU would launch: the copy of the control row into the history
+TENTH_OPERATORS = 66  # the slow loop's on top
+CALLS_PER_TENSOR = {
+    "same": {"data_ptr": 5, "is_contiguous": 6},
+    "moved": {"data_ptr": 10, "is_contiguous": 6},
+    "every tenth": {"data_ptr": 5, "is_contiguous": 6},
+}
+PYTHON_CALLS_PER_TENSOR = {"MetaLion": 12, "AdamW": 6}
+TENSORS = 308
+
+
+@pytest.fixture(scope="module")
+def report():
+    return host.run(rounds=1)
+
+
+@pytest.mark.parametrize("name", ["cruxy-triton MetaLion", "cruxy-triton meta3 AdamW"])
+def test_work_of_a_step(report, name):
+    assert report["tensors"] == TENSORS
+    work = report["work"][name]
+    for kind, limits in CALLS_PER_TENSOR.items():
+        assert work[kind]["launches"] == KERNELS
+        for method, limit in limits.items():
+            assert work[kind][method] <= limit * TENSORS, (kind, method)
+        assert work[kind]["python_calls"] <= PYTHON_CALLS_PER_TENSOR[name.split()[-1]] * TENSORS, kind
+    assert sum(work["same"]["operators"].values()) <= OPERATORS
+    assert sum(work["every tenth"]["operators"].values()) <= OPERATORS + TENTH_OPERATORS
+
+
+@pytest.mark.parametrize("make", [MetaLion, CruxyOptimizer])
+def test_the_counter_sees_what_is_there(make):
+    """A second dtype is a second launch, a gradient that is not contiguous is copied, and nothing is started."""
+    with host.counted_launches() as launches:
+        case = host.Case("mixed", lambda params: make(params, backend="triton"), [(4, 8), (3,)])
+        case.set_grads(0)
+        assert host.work(case, launches, move=False)["launches"] == KERNELS
+        first = case.params[0]
+        first.data = first.data.half()
+        first.grad = torch.ones(8, 4, dtype=torch.float16).T
+        launches.clear()
+        with host.Operators() as operators:
+            case.step()
+        assert launches == {"control_kernel": 1, "telemetry_kernel": 2, "update_kernel": 2}
+        assert operators.counts["clone"] == 2  # the gradient, for telemetry and update
+    assert not any(p.any() for p in case.params)
+
+
+def test_command(monkeypatch, capsys):
+    monkeypatch.setitem(census.CENSUSES, "tiny", lambda: [(8, 64), (64, 8), (3,)])
+    assert main(["bench", "step", "--host", "--census", "tiny", "--rounds", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in report["rows"]][-1].startswith("torch AdamW fused")
+    for row in report["rows"]:
+        assert 0 < row["least_us"] <= row["median_us"]
+        assert 0 < row["moved_least_us"] <= row["moved_median_us"]
