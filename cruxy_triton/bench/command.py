@@ -31,12 +31,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
-    for kind in (step, codec, rounding):
+    gpu = kinds.add_parser("gpu", help="all that only a card can show, in 8 minutes, as one JSON file")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON file")
+    gpu.add_argument("--device", choices=("cpu", "cuda"), help="cpu: as far as it goes without a card (default: cuda)")
+    gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
+    gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
+    for kind in (step, codec, rounding, gpu):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.kind == "gpu":
+        return run_gpu(args)
     report = {"step": run_step, "codec": run_codec, "rounding": run_rounding}[args.kind](args)
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -93,3 +100,19 @@ def run_rounding(args: argparse.Namespace) -> dict[str, Any]:
     from cruxy_triton.bench import rounding
 
     return {"rows": rounding.table()}
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    """Exit code 0 when all parts that ran passed, else 1."""
+    from cruxy_triton.bench import gpu
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    path, report = gpu.run(args.out, None if args.device == "cuda" else args.device, args.minutes, args.only, say)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(map(gpu.line, report["parts"])))
+        print(f"\n{path}")
+    return 0 if gpu.passed(report) else 1
