@@ -54,20 +54,20 @@ def smi(*queries: str) -> list[str] | None:
 def half_precision(device: str) -> dict[str, Any]:
     """float16 and bfloat16 against float64: some cards of the GTX 16 series give NaN in half precision."""
     failures, errors = [], {}
+    norm, attention = torch.nn.functional.layer_norm, torch.nn.functional.scaled_dot_product_attention
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator, dtype=torch.float64) for _ in range(2))
     for dtype, unit in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
         x, y = a.to(dtype).to(device), b.to(dtype).to(device)
-        exact, factor = (t.cpu().double() for t in (x, y))
-        q = x.view(1, 8, 32, 512)
-        keys = y.view(1, 8, 32, 512).cpu().double()
-        scores = torch.softmax(q.cpu().double() @ keys.transpose(2, 3) / math.sqrt(512), 3)
+        q, k = x.view(1, 8, 32, 512), y.view(1, 8, 32, 512)
+        exact, steep, q64, k64 = (t.cpu().double() for t in (x, x * 60, q, k))
+        weights = torch.softmax(q64 @ k64.transpose(2, 3) / math.sqrt(512), 3)
         checks = {
-            "matmul": (x @ y.T, exact @ factor.T, 40.0),
-            "softmax": (torch.softmax(x * 60, 1), torch.softmax((x * 60).cpu().double(), 1), 1.0),
-            "layer_norm": (torch.nn.functional.layer_norm(x, (512,)), torch.nn.functional.layer_norm(exact, (512,)), 4.0),
-            "attention": (torch.nn.functional.scaled_dot_product_attention(q, y.view_as(q), y.view_as(q)), scores @ keys, 4.0),
-        }  # fmt: skip
+            "matmul": (x @ y.T, exact @ y.cpu().double().T, 40.0),
+            "softmax": (torch.softmax(x * 60, 1), torch.softmax(steep, 1), 1.0),
+            "layer_norm": (norm(x, (512,)), norm(exact, (512,)), 4.0),
+            "attention": (attention(q, k, k), weights @ k64, 4.0),
+        }
         for name, (got, wanted, size) in checks.items():
             word = f"{name} {str(dtype).removeprefix('torch.')}"
             error = float((got.cpu().double() - wanted).abs().max())
@@ -122,9 +122,7 @@ def sanitizer(device: str) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         target = ["cruxy_triton.bench.part", "cruxy_triton.bench.gpu_step:every_rule", device, str(result), "{}"]
         command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86"]
-        done = subprocess.run(
-            [*command, sys.executable, "-m", *target], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*command, sys.executable, "-m", *target], capture_output=True, text=True, check=False)
         sys.stdout.write(done.stdout + done.stderr)
         lines = [text.strip("= ") for text in done.stdout.splitlines() if text.startswith("=========")]
         summary = next((text for text in lines if "ERROR SUMMARY" in text), "")

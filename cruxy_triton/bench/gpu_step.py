@@ -25,7 +25,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DTYPES = (torch.float32, torch.float16)
 SHAPES = ((64, 33), (33,), (5, 7, 3), (2048,))
 # In Triton's interpreter, where a step takes a tenth of a second: two of the combinations, small tensors, fewer steps.
-FEW, FEW_SHAPES, FEWER = (("meta3 lion 8-bit", torch.float16), ("stability_v2 adamw", torch.float32)), ((9, 5), (33,)), 4
+FEW = (("meta3 lion 8-bit", torch.float16), ("stability_v2 adamw", torch.float32))
+FEW_SHAPES, FEWER = ((9, 5), (33,)), 8
+    (("meta3 lion 8-bit", torch.float16), ("stability_v2 adamw", torch.float32)),
+    ((9, 5), (33,)),
+    4,
+)
 
 
 def combinations(device: str) -> list[tuple[str, torch.dtype, dict[str, Any]]]:

@@ -34,7 +34,9 @@ def config_of(model: str, *, tiny: bool) -> Any:
     """The transformers config of a profile, or of its family in a small size."""
     from transformers import AutoConfig
 
-    values = {k: v for k, v in tomllib.loads(profile_texts("models")[model]).items() if isinstance(v, (int, float, bool))}
+    values = {
+        k: v for k, v in tomllib.loads(profile_texts("models")[model]).items() if isinstance(v, (int, float, bool))
+    }
     profile = tomllib.loads(profile_texts("models")[model])
     if tiny:
         values |= TINY
@@ -187,7 +189,9 @@ def peak(device: str, model: str, length: int, load_in_4bit: bool, folder: str =
     failures = []
     if abs(here - predicted["allocated_bytes"]) > bar:
         told = (here, predicted["allocated_bytes"], bar)
-        failures.append("allocated {:,.0f} MiB; predicted {:,.0f}, give or take {:,.0f}".format(*(n / MIB for n in told)))
+        failures.append(
+            "allocated {:,.0f} MiB; predicted {:,.0f}, give or take {:,.0f}".format(*(n / MIB for n in told))
+        )
     return found | {"measured": measured, "predicted_over_measured_minus_1": off, "failures": failures}
 
 
@@ -224,7 +228,9 @@ def float16_run(device: str, steps: int = 30, folder: str = "float16") -> dict[s
     rows = [row for row in map(json.loads, lines) if "eval_loss" not in row]
     before, after = run["before"]["loss"], run["result"]["after"]["loss"]
     skipped = max(row.get("skipped_steps") or 0 for row in rows)
-    failures = [] if after < before - 0.2 else [f"the held-out loss went from {before:.3f} to {after:.3f}; expected 0.2 less"]
+    failures = (
+        [] if after < before - 0.2 else [f"the held-out loss went from {before:.3f} to {after:.3f}; expected 0.2 less"]
+    )
     if not math.isfinite(after) or any(row["loss"] is None for row in rows):
         failures.append("a loss is not finite")
     if skipped > steps // 2:

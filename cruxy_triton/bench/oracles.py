@@ -24,7 +24,9 @@ class Guarded:
 
     def __init__(self, values: Tensor, device: str | torch.device = "cpu", offset: int = 0) -> None:
         n = values.numel()
-        self.buffer = torch.full((n + 2 * GUARD + offset,), 77 if values.dtype == torch.int8 else 0.5, dtype=values.dtype)
+        self.buffer = torch.full(
+            (n + 2 * GUARD + offset,), 77 if values.dtype == torch.int8 else 0.5, dtype=values.dtype
+        )
         self.inside = slice(GUARD + offset, GUARD + offset + n)
         self.buffer[self.inside] = values.reshape(-1)
         self.before = self.buffer.clone()
@@ -47,14 +49,21 @@ class Guarded:
             size = self.before.element_size()
             for part in (now, before):
                 part[self.inside.start * size : self.inside.stop * size] = 0
-        return [] if torch.equal(now, before) else [f"{name}: {'it was written' if whole else 'a guard cell was written'}"]
+        return (
+            [] if torch.equal(now, before) else [f"{name}: {'it was written' if whole else 'a guard cell was written'}"]
+        )
 
 
 def telemetry(grads: Sequence[Tensor], gamma: float) -> list[float]:
     """[sum |g|^gamma, sum g^2, max |g|, non-finite count], of finite elements but for the last."""
     flat = torch.cat([torch.zeros(1, dtype=torch.float64)] + [g.detach().cpu().double().reshape(-1) for g in grads])
     finite = flat[flat.isfinite()].abs()
-    return [float((finite**gamma).sum()), float((finite**2).sum()), float(finite.max()), float((~flat.isfinite()).sum())]
+    return [
+        float((finite**gamma).sum()),
+        float((finite**2).sum()),
+        float(finite.max()),
+        float((~flat.isfinite()).sum()),
+    ]
 
 
 def check_telemetry(got: Tensor, grads: Sequence[Tensor], gamma: float) -> list[str]:
@@ -64,7 +73,9 @@ def check_telemetry(got: Tensor, grads: Sequence[Tensor], gamma: float) -> list[
         if wanted > torch.finfo(torch.float32).max:
             wanted = math.inf
         # The smallest fp32 values: a card may flush what is below 2^-126.
-        right = value == wanted or abs(value - wanted) <= SUM * wanted + 1e-37 * (name != "non-finite") * max(1, len(grads))
+        right = value == wanted or abs(value - wanted) <= SUM * wanted + 1e-37 * (name != "non-finite") * max(
+            1, len(grads)
+        )
         if not right:
             found.append(f"{name} is {value!r}; expected {wanted!r}")
     return found
@@ -75,7 +86,11 @@ def lion(p: Tensor, g: Tensor, m: Tensor, c: dict[str, float], multiplier: float
     u = c["beta1"] * m + (1 - c["beta1"]) * g
     doubtful = u.abs() <= 4 * FP32 * (c["beta1"] * m.abs() + (1 - c["beta1"]) * g.abs()) + 1e-37
     doubtful &= (m != 0) | (g != 0)
-    return p - c["lr"] * (multiplier * torch.sign(u) + c["weight_decay"] * p), c["beta2"] * m + (1 - c["beta2"]) * g, doubtful
+    return (
+        p - c["lr"] * (multiplier * torch.sign(u) + c["weight_decay"] * p),
+        c["beta2"] * m + (1 - c["beta2"]) * g,
+        doubtful,
+    )
 
 
 def adamw(
@@ -128,7 +143,9 @@ def check_codes(codes: Tensor, scales: Tensor, values: Tensor, error: Tensor | f
     wrong |= usable & (q != 0) & (q.sign() != x.sign())
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
-        found.append(f"{int(wrong.sum())} codes differ; the first is {int(q[at])} for {float(x[at])!r} of {float(every[at])!r}")
+        found.append(
+            f"{int(wrong.sum())} codes differ; the first is {int(q[at])} for {float(x[at])!r} of {float(every[at])!r}"
+        )
     return found
 
 
