@@ -27,10 +27,6 @@ SHAPES = ((64, 33), (33,), (5, 7, 3), (2048,))
 # In Triton's interpreter, where a step takes a tenth of a second: two of the combinations, small tensors, fewer steps.
 FEW = (("meta3 lion 8-bit", torch.float16), ("stability_v2 adamw", torch.float32))
 FEW_SHAPES, FEWER = ((9, 5), (33,)), 8
-    (("meta3 lion 8-bit", torch.float16), ("stability_v2 adamw", torch.float32)),
-    ((9, 5), (33,)),
-    4,
-)
 
 
 def combinations(device: str) -> list[tuple[str, torch.dtype, dict[str, Any]]]:
@@ -54,7 +50,8 @@ class Trainee:
         self.params = [torch.nn.Parameter(self._draw(shape, generator).to(dtype)) for shape in shapes]
         self.buffers = [torch.zeros_like(p) for p in self.params]
         self.loss = torch.zeros((), device=self.device)
-        self.optimizer = CruxyOptimizer(self.params, **{"backend": "triton"} | settings)
+        settings = {"backend": "triton"} | settings
+        self.optimizer = CruxyOptimizer(self.params, **settings)
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator).to(self.device)

@@ -84,7 +84,7 @@ class Operators(TorchDispatchMode):
 class Case:
     """One optimizer over tensors of the given shapes, and several sets of gradients for them."""
 
-    def __init__(self, name: str, make: Callable[[list[Tensor]], Any], shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, name: str, make: Callable[[list[Any]], Any], shapes: list[tuple[int, ...]]) -> None:
         self.name = name
         self.params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
         self.optimizer = make(self.params)
@@ -168,7 +168,7 @@ def run(census_name: str = "lora-r8", rounds: int = 50, only: str | None = None)
     which nothing is due but the step itself ("same", "moved": gradients at new addresses), and of a tenth one.
     """
     shapes = census(census_name)
-    makers: dict[str, tuple[Callable[[list[Tensor]], Any], list[tuple[int, ...]]]] = {
+    makers: dict[str, tuple[Callable[[list[Any]], Any], list[tuple[int, ...]]]] = {
         "cruxy-triton MetaLion": (lambda params: MetaLion(params, lr=1e-4, backend="triton"), shapes),
         "cruxy-triton meta3 AdamW": (lambda params: CruxyOptimizer(params, lr=1e-4, backend="triton"), shapes),
         "torch AdamW fused, 1 element each": (
