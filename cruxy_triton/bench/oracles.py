@@ -55,8 +55,11 @@ class Guarded:
 
 
 def telemetry(grads: Sequence[Tensor], gamma: float) -> list[float]:
-    """[sum |g|^gamma, sum g^2, max |g|, non-finite count], of finite elements but for the last."""
-    flat = torch.cat([torch.zeros(1, dtype=torch.float64)] + [g.detach().cpu().double().reshape(-1) for g in grads])
+    """[sum |g|^gamma, sum g^2, max |g|, non-finite count], of finite elements but for the last.
+
+    A float64 element beyond fp32 counts as an infinity: the sums are fp32.
+    """
+    flat = torch.cat([torch.zeros(1)] + [g.detach().cpu().float().reshape(-1) for g in grads]).double()
     finite = flat[flat.isfinite()].abs()
     return [
         float((finite**gamma).sum()),
@@ -212,7 +215,11 @@ def check_update(
         new_p, new_m, new_v = adamw(p, g, m, v, c, multiplier, **given)
         moments = {"exp_avg": new_m, "exp_avg_sq": new_v}
         terms = c["beta1"] ** 2 * m.abs() + (1 - c["beta1"] ** 2) * (g.abs() + c["weight_decay"] * p.abs())
-        size = p.abs() + 4 * step * c["correction2_sqrt"] / c["correction1"] * terms / (new_v.sqrt() + c["eps"])
+        # What is lost where the gradient and its decay cancel out comes back through the root of v.
+        full = g if given["decoupled"] else g + c["weight_decay"] * p
+        lost = (1 - c["beta2"]) * full.abs() * (g.abs() + c["weight_decay"] * p.abs()) / new_v.clamp(min=1e-300)
+        scale = step * c["correction2_sqrt"] / c["correction1"] / (new_v.sqrt() + c["eps"])
+        size = p.abs() + 4 * scale * terms * (1 + lost)
     found = check_values("p", after["p"].reshape(-1), new_p, size, stochastic=before["p"].dtype in MANTISSA)
     terms = m.abs() + g.abs() + c["weight_decay"] * p.abs()
     for name, wanted in moments.items():
@@ -225,7 +232,7 @@ def check_update(
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(torch.uint8) if x.numel() else x
+    return x.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def control_row(generator: torch.Generator, **slots: float) -> Tensor:
