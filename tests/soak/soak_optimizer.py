@@ -323,9 +323,9 @@ class Case:
 
 
 def case(seed: int) -> None:
-    here = Case(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        here = Case(seed)
         try:
             here.live()
         except Exception as error:
