@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cruxy_triton.bench.census import CENSUSES
+from cruxy_triton.cli.arguments import columns
 from cruxy_triton.errors import UserError
 
 
@@ -50,11 +51,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = report["rows"]
     heads = list(dict.fromkeys(head for row in rows for head in row))
-    text = [heads, *[[cell(row.get(head)) for head in heads] for row in rows]]
-    widths = [max(len(line[i]) for line in text) for i in range(len(heads))]
-    for line in text:
-        sys.stdout.write("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n")
-    facts = {key: value for key, value in report.items() if key not in ("rows", "absent", "work") and value is not None}
+    sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]))
+    shown = {key: value for key, value in report.items() if key not in ("rows", "absent", "work")}
+    facts = {key: value for key, value in shown.items() if value is not None}
     sys.stdout.write("\n" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, steps in report.get("work", {}).items():
         for kind, work in steps.items():
