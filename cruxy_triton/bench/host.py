@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cruxy_kernels.launch
 from cruxy_triton.bench.census import census
 from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
 
@@ -29,27 +30,29 @@ METHODS = ("data_ptr", "is_contiguous")
 
 
 @contextmanager
+def _replaced(original: Any, replacement: Any) -> Iterator[None]:
+    """Puts `replacement` where the modules of this project hold `original`."""
+    modules = [
+        m for name, m in list(sys.modules.items()) if name.partition(".")[0] in ("cruxy_kernels", "cruxy_triton")
+    ]
+    with ExitStack() as stack:
+        for module in modules:
+            for name in [name for name, value in vars(module).items() if value is original]:
+                stack.enter_context(mock.patch.object(module, name, replacement))
+        yield
+
+
+@contextmanager
 def counted_launches() -> Iterator[Counter[str]]:
-    """Replaces `launch` by a counter of kernel names, wherever cruxy_kernels has it, and allows "triton" on a CPU."""
+    """Replaces `launch` by a counter of kernel names, and allows "triton" on a CPU."""
     counts: Counter[str] = Counter()
 
     def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         if programs:
             counts[kernel.__name__] += 1
 
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        patches = [
-            mock.patch.object(module, "launch", launch)
-            for name, module in list(sys.modules.items())
-            if name.split(".")[0] == "cruxy_kernels" and callable(getattr(module, "launch", None))
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            yield counts
-        finally:
-            for patch in patches:
-                patch.stop()
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), _replaced(cruxy_kernels.launch.launch, launch):
+        yield counts
 
 
 @contextmanager
@@ -121,24 +124,21 @@ def work(case: Case, launches: Counter[str], *, move: bool) -> dict[str, Any]:
     calls: Counter[str] = Counter()
     launches.clear()
 
-    def counting(name: str) -> Callable[..., Any]:
-        original = getattr(Tensor, name)
-
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
             return original(self, *args, **kwargs)
 
         return method
 
-    patches = [mock.patch.object(Tensor, name, counting(name)) for name in METHODS]
-    for patch in patches:
-        patch.start()
-    try:
-        with Operators() as operators:
-            case.step()
-    finally:
-        for patch in patches:
-            patch.stop()
+    with ExitStack() as stack:
+        for name in METHODS:
+            original = getattr(Tensor, name)
+            counter = counting(name, original)
+            stack.enter_context(mock.patch.object(Tensor, name, counter))
+            stack.enter_context(_replaced(original, counter))
+        operators = stack.enter_context(Operators())
+        case.step()
     counted = {"launches": dict(sorted(launches.items())), "operators": dict(sorted(operators.counts.items()))}
     return counted | {name: calls[name] for name in METHODS}
 
@@ -209,6 +209,7 @@ def _counts(case: Case, launches: Counter[str]) -> dict[str, Any]:
     interval = case.optimizer.meta_interval
 
     def until(phase: int) -> None:
+        case.seconds(move=False)
         while (case.turn + 1) % interval != phase:
             case.seconds(move=False)
 

@@ -3,6 +3,7 @@
 cruxy-triton bench step --device cpu --census lora-r8
 cruxy-triton bench codec --gradients runs/NAME/gradients
 cruxy-triton bench rounding
+cruxy-triton bench gpu --out results
 """
 
 import argparse

@@ -11,14 +11,9 @@ from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
 
 # What a step may cost at most; lower them where a step gets cheaper.
 KERNELS = {"control_kernel": 1, "telemetry_kernel": 1, "update_kernel": 1}
-OPERATORS = 1  # that a GPU would launch: the copy of the control row into the history
-TENTH_OPERATORS = 66  # the slow loop's on top
-CALLS_PER_TENSOR = {
-    "same": {"data_ptr": 5, "is_contiguous": 6},
-    "moved": {"data_ptr": 10, "is_contiguous": 6},
-    "every tenth": {"data_ptr": 5, "is_contiguous": 6},
-}
-PYTHON_CALLS_PER_TENSOR = {"MetaLion": 12, "AdamW": 6}
+LAUNCHES = {"same": 0, "every tenth": 8}  # beside those: operators, and the kernel that ends the slow loop
+CALLS_PER_TENSOR = {"data_ptr": 5, "is_contiguous": 1}  # of gradients, parameters and state; a hundred on top
+PYTHON_CALLS = {"same": 150, "moved": 160, "every tenth": 200}  # for all tensors together
 TENSORS = 308
 
 
@@ -31,13 +26,15 @@ def report():
 def test_work_of_a_step(report, name):
     assert report["tensors"] == TENSORS
     work = report["work"][name]
-    for kind, limits in CALLS_PER_TENSOR.items():
-        assert work[kind]["launches"] == KERNELS
-        for method, limit in limits.items():
-            assert work[kind][method] <= limit * TENSORS, (kind, method)
-        assert work[kind]["python_calls"] <= PYTHON_CALLS_PER_TENSOR[name.split()[-1]] * TENSORS, kind
-    assert sum(work["same"]["operators"].values()) <= OPERATORS
-    assert sum(work["every tenth"]["operators"].values()) <= OPERATORS + TENTH_OPERATORS
+    for kind, limit in PYTHON_CALLS.items():
+        launches = work[kind]["launches"]
+        assert {kernel: launches[kernel] for kernel in KERNELS} == KERNELS
+        if kind in LAUNCHES:
+            more = sum(launches.values()) - len(KERNELS) + sum(work[kind]["operators"].values())
+            assert more <= LAUNCHES[kind], work[kind]
+        for method, calls in CALLS_PER_TENSOR.items():
+            assert work[kind][method] <= calls * TENSORS + 100, (kind, method)
+        assert work[kind]["python_calls"] <= limit, kind
 
 
 @pytest.mark.parametrize("make", [MetaLion, CruxyOptimizer])

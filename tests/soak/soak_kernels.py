@@ -72,7 +72,9 @@ class Case:
 
     def shape(self) -> tuple[int, ...]:
         rng = self.rng
-        size = rng.choice((0, 1, 2, 63, 64, 65, 127, 128, 1023, 1024, 1025, rng.randrange(LARGEST), rng.randrange(LARGEST)))
+        size = rng.choice(
+            (0, 1, 2, 63, 64, 65, 127, 128, 1023, 1024, 1025, rng.randrange(LARGEST), rng.randrange(LARGEST))
+        )
         size = min(size, LARGEST)
         match rng.randrange(5):
             case 0:
@@ -258,7 +260,9 @@ class Update:
             row = self.control[0 if self.rows is None else self.rows[i]]
             multiplier = 1.0 if self.multipliers is None else float(self.multipliers[i])
             before = {name: placed.values for name, placed in t.items()}
-            after = {name: p.tensor.clone(memory_format=torch.contiguous_format) for name, p in t.items() if name != "g"}
+            after = {
+                name: p.tensor.clone(memory_format=torch.contiguous_format) for name, p in t.items() if name != "g"
+            }
             kinds = " ".join(f"{n}={v.dtype}" for n, v in before.items()).replace("torch.", "")
             found = oracles.check_update(self.rule, before, after, row, multiplier, self.flags)
             verdict([f"{text} [{kinds}]" for text in found])

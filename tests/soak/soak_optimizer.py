@@ -71,7 +71,11 @@ class Life:
 
 
 def own(group: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in group.items() if k in ("use_lion", "use_nesterov", "decoupled_weight_decay", "use_gc", "maximize")}
+    return {
+        k: v
+        for k, v in group.items()
+        if k in ("use_lion", "use_nesterov", "decoupled_weight_decay", "use_gc", "maximize")
+    }
 
 
 class Case:
@@ -98,7 +102,12 @@ class Case:
     def group(self) -> dict[str, Any]:
         rng = self.rng
         group: dict[str, Any] = {"params": [self.parameter() for _ in range(rng.randrange(1, 4))]}
-        for name, value in (("lr", 10 ** rng.uniform(-4, -1)), ("weight_decay", 0.05), ("maximize", True), ("use_gc", True)):
+        for name, value in (
+            ("lr", 10 ** rng.uniform(-4, -1)),
+            ("weight_decay", 0.05),
+            ("maximize", True),
+            ("use_gc", True),
+        ):
             if rng.random() < 0.25:
                 group[name] = value
         return group
@@ -240,7 +249,9 @@ class Case:
         ways: dict[str, Any] = {
             "known parameter": lambda: optimizer.add_param_group({"params": [self.life.params[0]]}),
             "negative lr": lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "lr": -1.0}),
-            "betas of 1": lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "betas": (0.9, 1.0)}),
+            "betas of 1": lambda: optimizer.add_param_group(
+                {"params": [Parameter(torch.ones(2))], "betas": (0.9, 1.0)}
+            ),
             "complex": lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(2, dtype=torch.complex64))]}),
             "groups": lambda: optimizer.load_state_dict(state | {"param_groups": state["param_groups"][1:]}),
             "two numbers as a loss": lambda: optimizer.step(loss=torch.ones(2)),
@@ -248,16 +259,20 @@ class Case:
         if held:
             key = rng.choice(held)
             ways |= {
-                "shape": lambda: state["state"][key].update(exp_avg=torch.zeros(1999)) or optimizer.load_state_dict(state),
+                "shape": lambda: (
+                    state["state"][key].update(exp_avg=torch.zeros(1999)) or optimizer.load_state_dict(state)
+                ),
                 "no exp_avg": lambda: state["state"][key].pop("exp_avg") is None or optimizer.load_state_dict(state),
                 "foreign key": lambda: state["state"][key].update(z=torch.ones(1)) or optimizer.load_state_dict(state),
-                "control": lambda: state["param_groups"][0].update(control=torch.zeros(3))
-                or optimizer.load_state_dict(state),
+                "control": lambda: (
+                    state["param_groups"][0].update(control=torch.zeros(3)) or optimizer.load_state_dict(state)
+                ),
             }
             if "exp_avg_scale" in state["state"][key]:
-                ways["scales"] = lambda: state["state"][key].update(
-                    exp_avg_scale=torch.zeros(999, dtype=torch.bfloat16)
-                ) or optimizer.load_state_dict(state)
+                ways["scales"] = lambda: (
+                    state["state"][key].update(exp_avg_scale=torch.zeros(999, dtype=torch.bfloat16))
+                    or optimizer.load_state_dict(state)
+                )
         way = rng.choice(list(ways))
         for p in self.life.params:  # so that a step has something to refuse
             p.grad = torch.zeros_like(p)
@@ -329,7 +344,9 @@ def case(seed: int) -> None:
         try:
             here.live()
         except Exception as error:
-            settings = {k: v for k, v in here.life.made_with.items() if k in ("mode", "use_lion", "state_bits", "backend")}
+            settings = {
+                k: v for k, v in here.life.made_with.items() if k in ("mode", "use_lion", "state_bits", "backend")
+            }
             kind = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
             raise Fault(f"{kind}{error}\n    with {settings} after {', '.join(here.done[-6:])}") from error
 
