@@ -40,12 +40,12 @@ def test_codec_table_and_the_choice(recorded):
     assert source == "synthetic"
     by_key = {(row["name"], row["block"], row["scale"]): row for row in rows}
     ours = by_key[f"softsign k={SHARPNESS}", BLOCK, "bf16"]
-    assert ours["state_bytes_a_parameter"] <= 1.04
+    assert ours["state_bytes_per_parameter"] <= 1.04
     flash = by_key["softsign k=1 (FlashOptim)", 32, "fp16"]
     assert ours["flips"] < flash["flips"]
-    assert ours["state_bytes_a_parameter"] < flash["state_bytes_a_parameter"]
+    assert ours["state_bytes_per_parameter"] < flash["state_bytes_per_parameter"]
     for row in rows:
-        if row["name"] == "bitsandbytes dynamic map" and row["state_bytes_a_parameter"] >= 1.03:
+        if row["name"] == "bitsandbytes dynamic map" and row["state_bytes_per_parameter"] >= 1.03:
             assert ours["flips"] < row["flips"]
     assert {block for _, block, _ in by_key} == {32, 64, 128, 256}
 
@@ -84,7 +84,7 @@ def test_rounding_table():
         assert kept["drift_lr_1e-6"] == pytest.approx(1, abs=0.02)
         assert lost["drift_lr_1e-6"] < 0.3
         assert kept["regression_over_fp32"] <= lost["regression_over_fp32"]
-    assert rows["bf16", "compensation byte"]["state_bytes_a_parameter"] == 1
+    assert rows["bf16", "compensation byte"]["state_bytes_per_parameter"] == 1
 
 
 def test_step_on_a_small_census(monkeypatch, capsys):
@@ -97,7 +97,7 @@ def test_step_on_a_small_census(monkeypatch, capsys):
         assert row["median_ms"] > 0
         assert row["times torch AdamW fused"] > 0
     assert main(["bench", "step", "--census", "tiny", "--rounds", "1", "--only", "fused", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["state_bytes_a_parameter"] == pytest.approx(8, abs=0.1)
+    assert json.loads(capsys.readouterr().out)["rows"][0]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.1)
 
 
 @pytest.mark.parametrize(
