@@ -147,7 +147,7 @@ class _Run:
         say(f"data: {len(data.train)} records to train on, {len(data.held_out)} held out ({data.form})")
         self.tokens = [data_module.tokenize(part, self.tokenizer) for part in (data.train, data.held_out)]
         rows = self.config.get_text_config().vocab_size
-        if (highest := max(max(t.ids, default=0) for part in self.tokens for t in part)) >= rows:
+        if (highest := max(int(t.ids.max(initial=0)) for part in self.tokens for t in part)) >= rows:
             raise UserError(
                 f"the tokenizer of {recipe.model} gives token {highest} for this data, and the model knows tokens "
                 f"below {rows} only: tokenizer and model do not belong together"
@@ -169,7 +169,7 @@ class _Run:
         length = self.recipe.max_seq_length
         assert length is not None, "the plan decides the sequence length first"
         if self.data.packed:  # the trainer fills the sequences
-            self.rows = [[{"input_ids": t.ids, "labels": t.ids} for t in part] for part in self.tokens]
+            self.rows = [data_module.fit(part, sys.maxsize)[0] for part in self.tokens]
             self.lengths = {"cut": 0, "dropped": 0}
         else:
             (train, cut), (held_out, held_out_cut) = (data_module.fit(part, length) for part in self.tokens)
@@ -288,9 +288,7 @@ class _Run:
         status = "failed"
         try:
             with interruption.installed():
-                if self.checkpoint is None:
-                    with contextlib.suppress(FileNotFoundError):
-                        folder.metrics.unlink()
+                if not folder.read_metrics():
                     telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
                 if self.checkpoint is None or not trainer.restore_if_trained(self.checkpoint):
                     trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -355,8 +353,8 @@ class _Run:
         tokens = self.tokens[1][0]
         room = (load.max_length_of(self.config) or 2048) - self.recipe.sample_tokens
         if self.data.packed:
-            return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)]
-        return tokens.ids[: tokens.prompt][-room:] or tokens.ids[:1]
+            return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)].tolist()
+        return tokens.ids[: max(1, tokens.prompt)][-room:].tolist()
 
     def _generate(self) -> str | None:
         """The model's answer; None, and a note, where its generation fails: no reason to stop a training."""

@@ -25,11 +25,10 @@ from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
 from cruxy_triton.optimizer import CruxyOptimizer
-
-Rows = list[dict[str, list[int]]]
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -85,7 +84,7 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self._some_tokens = rows[0][0]["input_ids"][:4]
+        self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
         args = SFTConfig(

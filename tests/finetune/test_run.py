@@ -140,7 +140,7 @@ def test_a_mixture_of_experts_trains_and_its_held_out_loss_is_the_language_model
     total, tokens = 0.0, 0
     rows, _ = data.fit(data.tokenize(found.held_out, AutoTokenizer.from_pretrained(folder)), 64)
     for row in rows:
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        ids, labels = (torch.from_numpy(row[name]).long()[None] for name in ("input_ids", "labels"))
         count = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * count
@@ -444,3 +444,22 @@ def test_what_the_report_says_is_what_was_computed(train, tmp_path: Path) -> Non
         f"{found['records']['trained_tokens']:,} of them trained on",
     ):  # fmt: skip
         assert words in report, words
+
+
+def test_what_a_length_and_a_budget_cost_is_said(train, tmp_path: Path) -> None:
+    long, short = ({"prompt": "long " * n, "completion": " short"} for n in (700, 3))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [long, short, short, short] * 6))
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [long, long, short] * 2))
+    files = {"data": str(tmp_path / "d.jsonl"), "eval_data": str(tmp_path / "e.jsonl")}
+    result, said = train(**files, vram_bytes=1 << 30)
+    assert "warning: 6 of 24 training records are left out: their prompt alone fills the 64 tokens" in said
+    assert "warning: 4 of 6 held-out records are left out: their prompt alone fills the 64 tokens" in said
+    assert "evaluating on 2 held-out sequences before training" in said
+    assert result.before["sequences"] == 2
+    assert any("on a CPU nothing keeps the process to it" in line for line in said)
+
+    (tmp_path / "e.jsonl").write_text((json.dumps(long) + "\n") * 3)
+    with pytest.raises(UserError, match="of the held-out split; give a larger one"):
+        train(**files, output="other")
+    with pytest.raises(UserError, match="of the held-out split; shorten the prompts, the model takes no more"):
+        train(**files, output="other", max_seq_length=512)
