@@ -14,6 +14,7 @@ known before the model is loaded.
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -55,7 +56,6 @@ TOKENIZED_AT_ONCE = 1000  # records; tokenizers give lists of Python integers, t
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 
 LOUD = 0.1  # from this part of the data on, what is lost is a warning instead of a note
-
 
 Rows = list[dict[str, np.ndarray]]  # input_ids and labels of a sequence, int32
 
@@ -224,7 +224,7 @@ def load(
     training = [record for group in train for record in group]
     evaluation = [record for group in held_out for record in group][:max_eval_samples]
     if skipped:
-        losses.append(Loss(skipped, skipped + len(groups), "records are left out: they have no answer"))
+        losses.append(Loss(skipped, skipped + len(train) + len(held_out), "records are left out: they have no answer"))
     known = {hash(json.dumps(record)) for record in training}
     if both := sum(hash(json.dumps(record)) in known for record in evaluation):
         losses.append(Loss(both, len(evaluation), "held-out records are trained on too, so they prove nothing"))
@@ -303,7 +303,7 @@ def _record(place: str, **fields: Any) -> Record:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit((1 << 31) - 1)
-    reader = csv.DictReader(_decode(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(_decode(path)), strict=True)
     try:
         for row in reader:
             if None in row:

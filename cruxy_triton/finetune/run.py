@@ -8,7 +8,6 @@ import copy
 import math
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,9 +109,19 @@ class _Run:
 
     def go(self, record_gradients: int) -> Result:
         self._read()
-        self._load()
+        try:
+            self._load()
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory("before training", error) from error
         self._begin()
         return self._train(record_gradients)
+
+    def _out_of_memory(self, when: str, error: Exception) -> TrainingFailed:
+        return TrainingFailed(
+            f"out of memory {when} (the plan said {memory.summary(self.plan)}): close other programs and start again"
+            f"{' with --resume' if self.folder.run_json.is_file() else ''}, or lower --max-seq-length "
+            f"({str(error).partition('.')[0]})"
+        )
 
     def _read(self) -> None:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
@@ -166,35 +175,26 @@ class _Run:
 
     def _fit(self, limit: int | None) -> None:
         """Cuts the tokens to the sequence length; raises UserError when it leaves nothing, says what it costs."""
-        length = self.recipe.max_seq_length
+        length = sys.maxsize if self.data.packed else self.recipe.max_seq_length  # the trainer fills packed sequences
         assert length is not None, "the plan decides the sequence length first"
-        if self.data.packed:  # the trainer fills the sequences
-            self.rows = [data_module.fit(part, sys.maxsize)[0] for part in self.tokens]
-            self.lengths = {"cut": 0, "dropped": 0}
-        else:
-            (train, cut), (held_out, held_out_cut) = (data_module.fit(part, length) for part in self.tokens)
-            for rows, where in ((train, self.recipe.data), (held_out, "the held-out split")):
-                if not rows:
-                    advice = "shorten the prompts, the model takes no more" if length == limit else "give a larger one"
-                    raise UserError(
-                        f"--max-seq-length {length} leaves no token of an answer in any record of {where}; {advice}"
-                    )
-            self.rows = [train, held_out]
-            for name, kept, parts, count in (
-                ("training", train, self.tokens[0], cut),
-                ("held-out", held_out, self.tokens[1], held_out_cut),
+        self.rows: list[data_module.Rows] = []
+        self.lengths: dict[str, int] = {}
+        for name, tokens in zip(("training", "held-out"), self.tokens, strict=True):
+            rows, cut = data_module.fit(tokens, length)
+            if not rows:
+                advice = "shorten the prompts, the model takes no more" if length == limit else "give a larger one"
+                raise UserError(
+                    f"--max-seq-length {length} leaves no token of an answer in any {name} record; {advice}"
+                )
+            dropped = len(tokens) - len(rows)
+            self.rows.append(rows)
+            self.lengths = self.lengths or {"cut": cut, "dropped": dropped, **data_module.token_statistics(rows)}
+            for count, what in (
+                (dropped, f"left out: their prompt alone fills the {length} tokens"),
+                (cut, f"cut at {length} tokens"),
             ):
-                out = len(parts) - len(kept)
-                self.data.losses += [
-                    data_module.Loss(n, len(parts), f"{name} records are {what}")
-                    for n, what in (
-                        (out, f"left out: their prompt alone fills the {length} tokens"),
-                        (count, f"cut at {length} tokens"),
-                    )
-                    if n
-                ]
-            self.lengths = {"cut": cut, "dropped": len(self.tokens[0]) - len(train)}
-        self.lengths |= data_module.token_statistics(self.rows[0])
+                if count:
+                    self.data.losses.append(data_module.Loss(count, len(tokens), f"{name} records are {what}"))
         for loss in self.data.losses:
             self.hooks.say(str(loss))
 
@@ -299,11 +299,7 @@ class _Run:
                 raise
         except torch.OutOfMemoryError as error:
             status = "out of memory"
-            raise TrainingFailed(
-                f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(self.plan)}): "
-                "close other programs and continue with --resume, or lower --max-seq-length "
-                f"({str(error).partition('.')[0]})"
-            ) from error
+            raise self._out_of_memory(f"at step {trainer.state.global_step + 1}", error) from error
         except files.WriteFailed as error:
             raise TrainingFailed(f"{error}; make room and continue with --resume --output {folder.path}") from error
         finally:
@@ -312,10 +308,10 @@ class _Run:
             if status not in ("finished", "diverged"):
                 with contextlib.suppress(files.WriteFailed):  # the disk may be full
                     folder.write_run(run, status)
-        if status == "interrupted":
+        if interruption.number is not None and status == "interrupted":
             saved, _ = folder.intact_checkpoint()
             step = 0 if saved is None else int(saved.name.partition("-")[2])
-            return Result(folder.path, False, step, run["before"], None, None, interruption.number or signal.SIGINT)
+            return Result(folder.path, False, step, run["before"], None, None, interruption.number)
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]

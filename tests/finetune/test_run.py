@@ -459,7 +459,23 @@ def test_what_a_length_and_a_budget_cost_is_said(train, tmp_path: Path) -> None:
     assert any("on a CPU nothing keeps the process to it" in line for line in said)
 
     (tmp_path / "e.jsonl").write_text((json.dumps(long) + "\n") * 3)
-    with pytest.raises(UserError, match="of the held-out split; give a larger one"):
+    with pytest.raises(UserError, match="in any held-out record; give a larger one"):
         train(**files, output="other")
-    with pytest.raises(UserError, match="of the held-out split; shorten the prompts, the model takes no more"):
+    with pytest.raises(UserError, match="in any held-out record; shorten the prompts, the model takes no more"):
         train(**files, output="other", max_seq_length=512)
+
+
+@pytest.mark.parametrize("name", ["held_out", "training_step"])
+def test_running_out_of_memory_is_a_sentence(name: str, train, tmp_path: Path, monkeypatch) -> None:
+    from cruxy_triton.finetune import train as train_module
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(train_module.Trainer, name, full)
+    when, how = ("before training", "again,") if name == "held_out" else ("at step 1", "again with --resume,")
+    with pytest.raises(run.TrainingFailed, match=rf"out of memory {when} \(the plan said .*\): close other.*{how}"):
+        train()
+    assert (tmp_path / "run").exists() == (name == "training_step")
+    if name == "training_step":
+        assert record(tmp_path / "run")["status"] == "out of memory"
