@@ -1,7 +1,5 @@
-"""`cruxy-triton doctor`: versions, devices, the backend and why, known problems and what to do about each."""
+"""What this machine has: versions, devices, the backend and why, known problems and what to do about each."""
 
-import argparse
-import json
 import os
 import platform
 import shutil
@@ -19,17 +17,6 @@ class Problem:
     severity: str
     what: str
     remedy: str
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-
-
-def run(args: argparse.Namespace) -> int:
-    findings = examine()
-    print(json.dumps(findings, indent=2) if args.json else render(findings))
-    return 1 if any(p["severity"] == "error" for p in findings["problems"]) else 0
 
 
 def examine() -> dict[str, Any]:
@@ -205,7 +192,7 @@ def _check_packages(problems: list[Problem]) -> None:
 
 def _folders(problems: list[Problem]) -> dict[str, dict[str, Any]]:
     """Where a run writes and models are kept: path, free bytes and whether it can be written."""
-    from cruxy_kernels.native import cache_folder
+    from cruxy_kernels.backends.native import cache_folder
 
     hugging_face = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
     found = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cruxy_kernels.codec_reference import SHARPNESS
+from cruxy_kernels.codec import SHARPNESS
 from cruxy_triton.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_kernels.rounding_reference import random_bits, round_stochastic
+from cruxy_kernels.rounding import random_bits, round_stochastic
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -19,7 +19,7 @@ def nearest(value: Tensor, kept: Tensor, dtype: torch.dtype, step: int) -> tuple
 
 
 def stochastic(value: Tensor, kept: Tensor, dtype: torch.dtype, step: int) -> tuple[Tensor, Tensor]:
-    random = random_bits(torch.tensor(float(step)), [0], [value.numel()])
+    random = random_bits(torch.tensor(0.0), torch.tensor(float(step)), [0], [value.numel()])
     return round_stochastic(value, random, dtype), kept
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cruxy_kernels import layout as L
-from cruxy_kernels.reference import bias_corrections, phase_modulation
+from cruxy_kernels.laws.control import bias_corrections, phase_modulation
 
 
 @torch.no_grad()

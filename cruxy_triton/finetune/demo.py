@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cruxy_kernels.native import cache_folder
+from cruxy_kernels.backends.native import cache_folder
 from cruxy_triton import __version__, files
 from cruxy_triton.errors import UserError
 from cruxy_triton.optimizer import CruxyOptimizer
@@ -42,6 +42,7 @@ REQUIRED_GAIN = 0.5
 # The best of eight or nine rates by median over three seeds (profiles/measured/learning_rates_demo.json). A model
 # this small wants far larger ones than the defaults.
 LEARNING_RATES = {"adamw": 7e-3, "cruxy": 2e-2, "cruxy-lion": 5e-3}
+LORA_R = 8  # what they were measured with
 STEPS = 200
 LENGTH = 128
 

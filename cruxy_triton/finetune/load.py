@@ -17,6 +17,7 @@ import torch
 from cruxy_triton.environment import expect_no_hub_in_vain
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
+from cruxy_triton.settings import resolve_dtype
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 # Model types whose kernels read some weights past the layers, where an adapter would not be seen (refused by peft).
@@ -37,19 +38,8 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     """The base model's dtype, by request or by what the device computes natively."""
-    if recipe.dtype == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        # Not torch.cuda.is_bf16_supported(): it answers True for emulation on pre-Ampere cards.
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if recipe.dtype == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 cannot train on a CPU (no gradient scaling there); use float32 or bfloat16")
-    if recipe.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise UserError(
-            "--dtype bfloat16 is only emulated on this GPU (compute capability below 8.0), and slower than float32; "
-            "use float16"
-        )
-    return getattr(torch, recipe.dtype)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return getattr(torch, resolve_dtype(recipe.dtype, device.type, capability))
 
 
 def config_of(recipe: Recipe) -> Any:
@@ -299,15 +289,24 @@ def _count(model: Any, recipe: Recipe, asked: bool) -> Weights:
     return Weights(quantized, total)
 
 
-def expand_key_value_heads() -> None:
-    """Makes transformers repeat grouped key/value heads instead of passing `enable_gqa=True` to SDPA.
+def use_attention(kind: str | None, device: torch.device) -> str | None:
+    """transformers' name for the attention `kind` of the settings; None leaves its choice.
 
-    With it PyTorch has only the math kernel before compute capability 8.0, which keeps whole score matrices;
-    on repeated heads the memory-efficient kernel runs. Holds for the rest of the process.
+    Makes PyTorch and transformers take that kernel for the rest of the process. "efficient" repeats grouped key/value
+    heads instead of passing `enable_gqa=True` to SDPA: with it PyTorch has only the math kernel before compute
+    capability 8.0, which keeps whole score matrices; on repeated heads the memory-efficient kernel runs. "flash" is
+    PyTorch's own choice, which falls back where a batch is padded: the flash kernel takes no mask.
     """
-    from transformers.integrations import sdpa_attention
+    if kind == "efficient":
+        from transformers.integrations import sdpa_attention
 
-    sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+    if device.type == "cuda":
+        own_choice = kind not in ("efficient", "math")
+        torch.backends.cuda.enable_flash_sdp(own_choice)
+        torch.backends.cuda.enable_cudnn_sdp(own_choice)
+        torch.backends.cuda.enable_mem_efficient_sdp(kind != "math")
+    return kind if kind in (None, "eager") else "sdpa"
 
 
 def _require_bitsandbytes() -> None:

@@ -115,7 +115,11 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "|---|---|---|",
         f"| loss (nats per token) | {before['loss']:.4f} | {after['loss']:.4f} |",
         f"| perplexity | {before['perplexity']:.3f} | {after['perplexity']:.3f} |",
-        f"| tokens put first that were right | {before['accuracy']:.1%} | {after['accuracy']:.1%} |",
+        *(
+            []
+            if after["accuracy"] is None
+            else [f"| tokens put first that were right | {before['accuracy']:.1%} | {after['accuracy']:.1%} |"]
+        ),
         "",
         *(f"- {warning}" for warning in run["warnings"]),
         "",
@@ -137,7 +141,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
         f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
-        + ("" if recipe["optimizer"] == "adamw" else f", mode {recipe['mode']}")
+        + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g}), "
         f"weight decay {recipe['weight_decay']:g} |",
         f"| seed | {recipe['seed']} |",

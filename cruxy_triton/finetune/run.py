@@ -22,7 +22,7 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
 from cruxy_triton.finetune import load, memory, report
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
-from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
+from cruxy_triton.finetune.recipe import Recipe
 
 # Settings that a resumed run may differ in: they do not change what is computed.
 RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
@@ -200,13 +200,11 @@ class _Run:
 
     def _load(self) -> None:
         """The model, tried out and evaluated; what of an earlier part of the run is whole."""
-        recipe, plan, say = self.recipe, self.plan, self.hooks.say
+        recipe, say = self.recipe, self.hooks.say
         self.checkpoint, faults = self.folder.intact_checkpoint() if self.folder.resuming else (None, [])
         for fault in faults:
             say(f"warning: {fault}; going on from the one before")
-        if plan is not None and plan.config.attention == "efficient":
-            load.expand_key_value_heads()
-        attention = None if plan is None else "eager" if plan.config.attention == "eager" else "sdpa"
+        attention = load.use_attention(recipe.attention, self.device)
         base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
         self.model = load.add_lora(base, recipe)
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
@@ -244,7 +242,7 @@ class _Run:
         self.run: dict[str, Any] = self.saved or {
             "status": "running",
             "recipe": recipe.to_dict(),
-            "lr": DEFAULT_LR[recipe.optimizer] if recipe.lr is None else recipe.lr,
+            "lr": recipe.lr,
             "data_sha256": data.fingerprint,
             "records": {
                 "train": len(data.train),

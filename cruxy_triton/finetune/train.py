@@ -27,7 +27,7 @@ from cruxy_triton import files
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
-from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
+from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.optimizer import CruxyOptimizer
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
@@ -37,13 +37,13 @@ CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer over `parameters` (float32 adapters)."""
-    lr = DEFAULT_LR[recipe.optimizer] if recipe.lr is None else recipe.lr
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer in ("adamw", "sgd"):
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
+        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return CruxyOptimizer(
         parameters,
         mode=recipe.mode,
-        lr=lr,
+        lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
@@ -60,6 +60,10 @@ def lr_factor(schedule: str, step: int, warmup: int, total: int) -> float:
         "linear": max(0.0, 1.0 - progress),
         "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
     }[schedule]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 class Trainer(SFTTrainer):
@@ -104,7 +108,7 @@ class Trainer(SFTTrainer):
             fp16=dtype is torch.float16,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
-            max_grad_norm=0.0 if recipe.optimizer != "adamw" else 1.0,  # ours clips inside its update
+            max_grad_norm=0.0 if recipe.optimizer.startswith("cruxy") else 1.0,  # ours clips inside its update
             save_strategy="steps",
             save_steps=recipe.save_steps,
             save_only_model=False,
@@ -160,9 +164,14 @@ class Trainer(SFTTrainer):
         self.step_right += self._take_accuracy("train") * trained
         return loss
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
+        trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
+        return trainer.compute_loss(*args, **kwargs)
     def _take_accuracy(self, mode: str) -> float:
         """TRL's accuracy of the last batch: the part of the labels that the model put first."""
-        accuracy = self._metrics[mode]["mean_token_accuracy"][-1]
+        seen = self._metrics[mode]["mean_token_accuracy"]
+        accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
         self._metrics[mode].clear()
         return accuracy
 
@@ -216,7 +225,7 @@ class Trainer(SFTTrainer):
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = on
 
-    def held_out(self) -> dict[str, float]:
+    def held_out(self) -> dict[str, Any]:
         """Over the held-out set, per token: mean negative log-likelihood (nats), its perplexity, the part of tokens
         that the model put first; and the tokens and sequences that were evaluated."""
         total = torch.zeros((), dtype=torch.float64)
@@ -236,7 +245,7 @@ class Trainer(SFTTrainer):
         return {
             "loss": loss,
             "perplexity": perplexity,
-            "accuracy": right / tokens,
+            "accuracy": _known(right / tokens),
             "tokens": tokens,
             "sequences": sequences,
         }
@@ -337,7 +346,7 @@ class Telemetry(TrainerCallback):
             metrics = optimizer.metrics()
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
-        row["accuracy"] = trainer.step_right / max(1, trainer.step_trained)
+        row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
         row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
         trainer._start_step()
         if torch.cuda.is_available() and args.device.type == "cuda":

@@ -1,31 +1,43 @@
 """The fast loop of an optimizer step: telemetry, control, update. Imports torch and triton only.
 
+    control = new_control(lr=1e-3)                           # one row of named slots per parameter group
     telemetry = gradient_telemetry(grads)                    # one read of every gradient -> (4,)
     control_step(control, telemetry, loss, law="meta3")      # the per-step law, in place
-    lion_update_(params, grads, exp_avgs, control)           # or adamw_update_
+    lion_update_(params, grads, exp_avgs, control)           # or adamw_update_, or update_(rule, ...)
 
 Nothing in between is read by the host. `layout` names the slots of the control vector. Every function runs as
 Triton kernels, compiled CPU loops or PyTorch operators; `explain_backend(device)` says which, and why.
 """
 
-from cruxy_kernels import layout
-from cruxy_kernels.dispatch import (
+from .backends.dispatch import (
     adamw_update_,
     control_step,
     dequantize_blockwise,
     gradient_telemetry,
     lion_update_,
     quantize_blockwise,
+    update_,
 )
-from cruxy_kernels.dispatch import explain as explain_backend
+from .backends.dispatch import explain as explain_backend
+from .backends.prepared import PreparedUpdate
+from .codec import CODECS
+from .laws import layout
+from .laws.control import control_inputs, new_control
+from .rules import RULES
 
 __all__ = [
+    "CODECS",
+    "RULES",
+    "PreparedUpdate",
     "adamw_update_",
+    "control_inputs",
     "control_step",
     "dequantize_blockwise",
     "explain_backend",
     "gradient_telemetry",
     "layout",
     "lion_update_",
+    "new_control",
     "quantize_blockwise",
+    "update_",
 ]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_kernels.tables import TensorTable, element_type, tables
+from .tables import ELEMENT_TYPES, TensorTable, tables
 
 NUM_WARPS = 4
 
-# The most registers a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
+# The most registers that a thread may take. With 64, sm_75 and older hold all the threads they can. Newer cards hold
 # more threads than that anyhow, and there the assembler spills a few of AdamW's registers to stay at 64.
 MAX_REGISTERS, MAX_REGISTERS_NEWER = 64, 80
 NEWER = (8, 0)
@@ -25,7 +25,7 @@ observers: list[Callable[[str], None]] = []
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WARPS, **constants: Any) -> None:
-    """Starts `programs` programs of a @triton.jit function on the current stream of its tensors' device."""
+    """Starts `programs` programs of a @triton.jit function on the current stream of the current device."""
     if programs == 0:
         return
     for observer in observers:
@@ -34,7 +34,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WAR
 
 
 def register_limit(capability: tuple[int, int]) -> int:
-    """The most registers a thread that kernels may take on a card of this compute capability."""
+    """The most registers per thread that kernels may take on a card of this compute capability."""
     return MAX_REGISTERS if capability < NEWER else MAX_REGISTERS_NEWER
 
 
@@ -63,7 +63,7 @@ class Batch:
     """The tensors of one launch: one device, one dtype in each column."""
 
     device: torch.device
-    types: tuple[str, ...]  # element types, in the order of the columns
+    types: dict[int, str]  # element type of each column
     table: TensorTable
     indices: list[int]  # of its tensors, in the caller's list
     copied: list[tuple[Tensor, Tensor]]  # (tensor, the contiguous copy that stands in for it)
@@ -76,40 +76,44 @@ class Batch:
 
 def batches(
     columns: dict[int, Sequence[Tensor]],
-    groups: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
     read_only: tuple[int, ...] = (),
+    make_table: Callable[..., TensorTable] | None = None,
 ) -> Iterator[Batch]:
     """The tensors as few launches as their devices and dtypes allow.
 
-    columns: tables.PARAM and so on -> a list of tensors, all lists of one length. A tensor that is not
-    contiguous is served through a copy, written back by `finish` unless its column is in `read_only`.
-    Raises ValueError for lists of different lengths, TypeError for dtypes that no kernel serves.
+    columns: tables.PARAM and so on -> a list of tensors, all lists of one length (dispatch.py has checked them). A
+    tensor that is not contiguous is served through a copy, written back by `finish` unless its column is in
+    `read_only`. make_table: `tables.build` for a table of one's own, instead of one that is kept for later calls.
     """
     lists = list(columns.values())
     count = len(lists[0])
-    for tensors in lists:
-        if len(tensors) != count:
-            raise ValueError(f"expected lists of one length, got {[len(tensors) for tensors in lists]}")
     kinds: dict[tuple, list[int]] = {}
     for index, tensors in enumerate(zip(*lists, strict=True)):
         key = (tensors[0].device, *[t.dtype for t in tensors])
         kinds.setdefault(key, []).append(index)
     for (device, *dtypes), indices in kinds.items():
         whole = len(indices) == count
+
+        def part(values: Sequence[Any], whole: bool = whole, indices: list[int] = indices) -> Sequence[Any]:
+            return values if whole else [values[i] for i in indices]
+
         copied: list[tuple[Tensor, Tensor]] = []
         chosen: dict[int, Sequence[Tensor]] = {}
         for column, tensors in columns.items():
-            part = tensors if whole else [tensors[i] for i in indices]
-            if not all([t.is_contiguous() for t in part]):
-                part = [t.contiguous() for t in part]
+            originals = part(tensors)
+            chosen[column] = originals
+            if not all([t.is_contiguous() for t in originals]):
+                chosen[column] = [t.contiguous() for t in originals]
                 if column not in read_only:
-                    originals = [tensors[i] for i in indices]
-                    copied += [(t, c) for t, c in zip(originals, part, strict=True) if t is not c]
-            chosen[column] = part
+                    copied += [(t, c) for t, c in zip(originals, chosen[column], strict=True) if t is not c]
         with on_device(device):
-            table = tables.get(
+            table = (make_table or tables.get)(
                 chosen,
-                groups if whole or groups is None else [groups[i] for i in indices],
+                None if rows is None else part(rows),
                 None if whole else indices,
+                None if ids is None else part(ids),
             )
-            yield Batch(device, tuple([element_type(dtype) for dtype in dtypes]), table, indices, copied)
+            types = {column: ELEMENT_TYPES[dtype] for column, dtype in zip(columns, dtypes, strict=True)}
+            yield Batch(device, types, table, indices, copied)

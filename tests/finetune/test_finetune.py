@@ -274,14 +274,34 @@ def test_a_saved_plan_is_obeyed(small_model, questions: Path, command) -> None:
     from cruxy_triton.planner import Card, plan
 
     model = small_model()
-    answer = plan(model, Card.cpu("2GiB"), seq=96, batch=2, accumulation=3, lora_r=4, optimizer="lion-8bit")
-    answer.save(command.folder / "plan.toml")
-    words = ("finetune", model, "--data", questions, "--plan", "plan.toml", "--max-steps", "3", "--output", "run")
+    wanted = {
+        "max_seq_length": 96, "batch_size": 6, "micro_batch_size": 2, "lora_r": 4, "lora_dropout": 0.1,
+        "optimizer": "sgd", "chunked_loss": False, "attention": "eager", "gradient_checkpointing": True,
+    }  # fmt: skip
+    answer = plan(model, Card.cpu("2GiB"), **wanted)
+    answer.save(command.folder / "plan.json")
+    words = ("finetune", "--data", questions, "--plan", "plan.json", "--max-steps", "3", "--output", "run")
     refused = command(*words, "--lora-r", "16")
     assert refused.returncode == 2
     assert "sets lora_r = 4" in refused.stderr
+    other = command(*words, small_model("gemma"))
+    assert other.returncode == 2
+    assert "not for" in other.stderr
     done = command(*words)
     assert done.returncode == 0, done.stderr
-    recipe = record(command.folder / "run")["recipe"]
-    assert (recipe["max_seq_length"], recipe["batch_size"], recipe["micro_batch_size"]) == (96, 6, 2)
-    assert (recipe["lora_r"], recipe["optimizer"], recipe["state_bits"]) == (4, "cruxy-lion", 8)
+    run = record(command.folder / "run")
+    assert {name: run["recipe"][name] for name in wanted} == wanted
+    assert run["recipe"]["model"] == str(model)
+    assert run["recipe"]["vram_bytes"] == 2**31
+    assert run["plan"]["config"] == answer.to_dict()["config"]
+
+
+def test_whole_logits_give_the_same_losses_as_tiles(small_model, questions: Path, command) -> None:
+    words = ("finetune", small_model(), "--data", questions, "--optimizer", "sgd", "--micro-batch-size", "2", *QUICK)
+    for name, extra in (("tiles", ()), ("whole", ("--no-chunked-loss",))):
+        done = command(*words, "--output", name, *extra)
+        assert done.returncode == 0, done.stderr
+    tiles, whole = losses(command.folder / "tiles"), losses(command.folder / "whole")
+    assert whole == pytest.approx(tiles, rel=1e-4)
+    result = record(command.folder / "whole")["result"]
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.05

@@ -1,0 +1,1 @@
+"""How a call is served: which implementation, and each of them."""

@@ -1,0 +1,225 @@
+"""The step's large loops on a CPU, compiled from native.cpp on first use: one pass over memory for many tensors.
+
+PyTorch operators (pieces.py) read and write every buffer a dozen times; a fused loop does it once. A C++ compiler
+is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.py tells. Serves fp32, fp16 and
+bfloat16 on the CPU; what else a step needs (control law, codec) is small.
+
+The shared object lies in $CRUXY_CACHE, or cruxy-triton in the user's cache folder, under a name that depends on
+source, compiler and processor.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..laws import layout as L
+from ..rules import Rule
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# No fused multiply-add: codes and signs are then those of the specification.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math")  # fmt: skip
+# Below this a step takes less time than the compiler would: PyTorch serves it, unless the loops are there already.
+MIN_ELEMENTS = 1 << 18
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # native.cpp's Type
+_COMPILE_SECONDS = 300
+RULES_SERVED = ("lion", "adamw")  # the functions of native.cpp
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """(the compiled loops or None, how they were made or why not)."""
+    compiler = _compiler()
+    if compiler is None:
+        return None, "no C++ compiler found (CXX, g++, clang++)"
+    try:
+        path, version = _target(compiler)
+        if not path.exists():
+            _compile(compiler, path)
+        loaded = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return None, f"{compiler} could not build native.cpp: {detail.strip().splitlines()[-1]}"
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    flag = ctypes.c_int
+    loaded.telemetry.argtypes = [pointer, integer, real, flag, pointer, flag]
+    for name in RULES_SERVED:
+        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, flag, flag]
+    for name in ("telemetry", *RULES_SERVED):
+        getattr(loaded, name).restype = None
+    return loaded, f"loops compiled by {version}"
+
+
+@functools.lru_cache(maxsize=1)
+def built() -> bool:
+    """Whether the loops were there when this process first asked: they then serve small steps too."""
+    compiler = _compiler()
+    try:
+        return compiler is not None and _target(compiler)[0].exists()
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _compiler() -> str | None:
+    return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+
+
+def _target(compiler: str) -> tuple[Path, str]:
+    """(where the compiled loops lie, the compiler's version)."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.partition("\n")[0]
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version.encode(), _processor()]))
+    return _build_folder() / f"native-{key.hexdigest()[:20]}.so", version
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}".encode()
+
+
+def cache_folder() -> Path:
+    """CRUXY_CACHE, or cruxy-triton in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    if chosen := os.environ.get("CRUXY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cruxy-triton"
+
+
+@functools.lru_cache(maxsize=1)
+def _build_folder() -> Path:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass  # a read-only home: build for this process alone
+    return Path(tempfile.mkdtemp(prefix="cruxy-native-"))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compiles to a temporary name and moves it into place, so that processes may race."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        command = [compiler, *FLAGS, "-o", temporary, str(SOURCE)]
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
+        try:
+            run([*command, "-march=native"])
+        except subprocess.CalledProcessError:  # some compilers and processors have no "native"
+            run(command)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
+    """Why these parameters, gradients and state buffers cannot be served, or None."""
+    if rule not in (None, *RULES_SERVED):
+        return f"the rule {rule}: native.cpp has {', '.join(RULES_SERVED)}"
+    if odd := {t.dtype for t in tensors} - set(TYPES):
+        return f"{', '.join(sorted(map(str, odd)))} tensors: it needs float32, float16 or bfloat16"
+    if not all([t.is_cpu for t in tensors]):
+        return "tensors that are not on the CPU"
+    return None
+
+
+# Columns of native.cpp's Row.
+PARAM, GRAD, STATE, SCALE, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, NUMEL, ROW, INDEX, ID = 0, 1, 2, 4, 6, 7, 8, 9, 10, 11, 12
+COLUMNS = 13
+
+
+def table_of(
+    params: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]] = (),
+    scales: Sequence[Sequence[Tensor] | None] = (),
+    rows: Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
+) -> Tensor:
+    """int64 (tensors, COLUMNS): native.cpp's Rows of contiguous tensors, valid while they live."""
+    table = torch.zeros((len(grads), COLUMNS), dtype=torch.int64)
+    addresses = {GRAD: grads}
+    if params is not None:
+        addresses[PARAM] = params
+    addresses |= {STATE + i: tensors for i, tensors in enumerate(states)}
+    addresses |= {SCALE + i: tensors for i, tensors in enumerate(scales) if tensors is not None}
+    for column, tensors in addresses.items():
+        table[:, column] = torch.tensor([t.data_ptr() for t in tensors])
+    for column, tensors in ((PARAM_TYPE, params), (GRAD_TYPE, grads), (STATE_TYPE, states[0] if states else None)):
+        if tensors is not None:
+            table[:, column] = torch.tensor([TYPES[t.dtype] for t in tensors])
+    table[:, NUMEL] = torch.tensor([g.numel() for g in grads])
+    table[:, INDEX] = torch.arange(len(grads))
+    table[:, ID] = table[:, INDEX] if ids is None else torch.tensor(ids)
+    if rows is not None:
+        table[:, ROW] = torch.tensor(rows)
+    return table
+
+
+def _loops() -> ctypes.CDLL:
+    loaded, reason = library()
+    if loaded is None:
+        raise RuntimeError(f"backend 'native' cannot run: {reason}; use backend='torch'")
+    return loaded
+
+
+def run_telemetry(table: Tensor, gamma: float, per_tensor: bool = False) -> Tensor:
+    """(tensors, 4), or the totals (4,), of a table's gradients."""
+    out = torch.zeros((len(table) if per_tensor else 1, L.NUM_TELEMETRY))
+    _loops().telemetry(table.data_ptr(), len(table), gamma, per_tensor, out.data_ptr(), torch.get_num_threads())
+    return out if per_tensor else out[0]
+
+
+def run_update(rule: Rule, table: Tensor, control: Tensor, lr_multipliers: Tensor | None, flags: int) -> None:
+    """The rule over a table; `flags` is `Rule.bits`."""
+    # native.cpp's Values of each control row.
+    values = control[:, [L.SKIP, L.GRAD_FACTOR, L.LR_OUT, L.WEIGHT_DECAY, L.BETA1_OUT, L.BETA2_OUT, L.EPS,
+                         L.BIAS_CORRECTION1, L.BIAS_CORRECTION2_SQRT, L.STEP, L.SEED]]  # fmt: skip
+    factors = None if lr_multipliers is None else lr_multipliers.data_ptr()
+    threads = torch.get_num_threads()
+    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), factors, flags, threads)
+
+
+def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
+    """`dispatch.gradient_telemetry`: (len(grads), 4), or the totals (4,)."""
+    grads = [g.contiguous() for g in grads]
+    return run_telemetry(table_of(None, grads), gamma, per_tensor)
+
+
+def update(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]],
+    control: Tensor,
+    rows: Sequence[int] | None,
+    ids: Sequence[int] | None,
+    lr_multipliers: Tensor | None,
+    flags: int,
+) -> None:
+    """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
+    written = {"": params, **state}
+    here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
+    states, scales = [here[name] for name in rule.state], [here.get(name + "_scale") for name in rule.state]
+    grads = [g.contiguous() for g in grads]
+    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control, lr_multipliers, flags)
+    for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
+        for tensor, copy in zip(tensors, here[name], strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)

@@ -1,0 +1,152 @@
+"""Every kernel with every choice of its constants that changes its code: made from the rules, codecs and laws."""
+
+from itertools import product
+
+from .. import tables as T
+from ..codec import CODECS, dequantize_kernel, quantize_kernel
+from ..laws import layout as L
+from ..laws.control import control_kernel
+from ..laws.telemetry import PARTIALS_AT_ONCE, telemetry_kernel, tensor_kernel, total_kernel
+from ..rules import RULES
+from ..update import LINES, update_kernel
+from .resources import Variant
+
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
+ELEMENTS_PER_THREAD = 8
+# The map's two int32 per chunk; the entry is 96 bytes per tensor, read through the cache.
+MAP_BYTES = 8 / T.CHUNK
+# Parameter and gradient dtypes that training meets: fp32 adapters under autocast or 16-bit gradients, 16-bit weights.
+PAIRS = [("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "bf16")]
+
+
+def wide(*types: str) -> int:
+    """128-bit accesses that a thread needs for its elements of these types."""
+    return sum(int(ELEMENTS_PER_THREAD * BYTES[t]) // 16 for t in types)
+
+
+def all_variants() -> list[Variant]:
+    """Telemetry, control, updates and codecs."""
+    return [*_telemetry(), *_control(), *_updates(), *_codecs()]
+
+
+def _telemetry() -> list[Variant]:
+    table = {"entries": "*i64", "chunk_entry": "*i32", "chunk_index": "*i32"}
+    found = [
+        Variant(
+            f"telemetry {grad} gamma={'1.5' if exact else 'any'}",
+            telemetry_kernel,
+            table | {"chunks": "i32", "chunks_per_program": "i32", "gamma": "fp32", "partials": "*fp32"},
+            {"GRAD_TYPE": grad, "GAMMA_IS_1_5": exact, "LINES": T.CHUNK // 8, "LAYOUT": T.KEY},
+            aligned=(*table, "partials"),
+            wide_loads=wide(grad),
+            bytes_moved=BYTES[grad] + MAP_BYTES,
+            floor=BYTES[grad],
+        )
+        for grad, exact in product(BYTES, (True, False))
+    ]
+    sums = {"PARTIALS": PARTIALS_AT_ONCE}
+    found.append(
+        Variant(
+            "telemetry total",
+            total_kernel,
+            {"partials": "*fp32", "count": "i32", "totals": "*fp32"},
+            sums,
+            aligned=("partials", "totals"),
+        )
+    )
+    found.append(
+        Variant(
+            "telemetry per tensor",
+            tensor_kernel,
+            {"partials": "*fp32", "entries": "*i64", "totals": "*fp32"},
+            sums | {"CHUNK": T.CHUNK, "LAYOUT": T.KEY},
+            aligned=("partials", "entries", "totals"),
+        )
+    )
+    return found
+
+
+def _control() -> list[Variant]:
+    scalars = {"loss_pointer": "*fp32", "found_inf": "*fp32", "grad_scale": "*fp32"}
+    scalars |= {"log": "*fp32", "log_length": "i32"}
+    given = {"HAS_LOSS": True, "HAS_FOUND_INF": True, "HAS_GRAD_SCALE": True, "HAS_LOG": True}
+    return [
+        Variant(
+            f"control {law}",
+            control_kernel,
+            {"control": "*fp32", "telemetry": "*fp32", "partials": "i32"} | scalars,
+            {"LAW": number, "LAYOUT": L.KEY, "PARTIALS": PARTIALS_AT_ONCE} | given,
+            aligned=("control", "telemetry", "log"),
+        )
+        for law, number in L.LAWS.items()
+    ]
+
+
+def _updates() -> list[Variant]:
+    found = []
+    arguments = {"entries": "*i64", "chunk_entry": "*i32", "chunk_index": "*i32", "control": "*fp32"}
+    arguments |= {"lr_multipliers": "*fp32"}
+    for rule in RULES.values():
+        states = [T.ELEMENT_TYPES[dtype] for dtype in rule.storage]
+        codecs = [CODECS[bits] for bits in rule.state_bits if CODECS[bits].block]
+        kept = [(name, CODECS[32], BYTES[name]) for name in states]
+        kept += [(T.ELEMENT_TYPES.get(codec.dtype, str(codec.dtype)), codec, codec.bytes_per_value) for codec in codecs]
+        for (param, grad), (state, codec, size), flags in product(PAIRS, kept, _flag_sets(len(rule.flags))):
+            if state in ("fp16", "bf16") and (param != state or grad != state):
+                continue  # 16-bit momentum is for parameters of its own kind
+            given = [name for i, name in enumerate(rule.flags) if flags >> i & 1]
+            moved = 2 * BYTES[param] + BYTES[grad] + 2 * size * len(rule.state)
+            found.append(
+                Variant(
+                    " ".join([rule.name, f"{param}/{grad}", f"state {state}", *given]),
+                    update_kernel,
+                    arguments,
+                    {"RULE": rule.kernel, "FLAGS": flags, "STATES": len(rule.state), "PARAM_TYPE": param}
+                    | {"GRAD_TYPE": grad, "STATE_TYPE": state, "LOAD": codec.load, "STORE": codec.store}
+                    | {"HAS_MULTIPLIERS": True, "LINES": LINES, "LAYOUT": L.KEY + T.KEY},
+                    aligned=tuple(arguments),
+                    wide_loads=wide(param, grad),
+                    wide_stores=wide(param),
+                    bytes_moved=moved + MAP_BYTES,
+                    floor=moved if param == grad else None,
+                )
+            )
+    return found
+
+
+def _flag_sets(count: int) -> list[int]:
+    """All switches on, and all off."""
+    return [(1 << count) - 1, 0] if count else [0]
+
+
+def _codecs() -> list[Variant]:
+    found = []
+    for bits, codec in CODECS.items():
+        if not codec.block:
+            continue
+        tensors = {"codes": "*i8", "scales": "*i16", "numel": "i32"}
+        for value in ("fp32", "fp16"):
+            moved = BYTES[value] + bits / 8
+            found.append(
+                Variant(
+                    f"quantize {value} to {bits} bits",
+                    quantize_kernel,
+                    {"x": f"*{value}"} | tensors,
+                    {"STORE": codec.store, "ALIGNED": True, "LINES": LINES},
+                    aligned=("x", *tensors),
+                    wide_loads=wide(value),
+                    bytes_moved=moved,
+                )
+            )
+            found.append(
+                Variant(
+                    f"dequantize {value} from {bits} bits",
+                    dequantize_kernel,
+                    tensors | {"out": f"*{value}"},
+                    {"LOAD": codec.load, "ALIGNED": True, "LINES": LINES},
+                    aligned=("out", *tensors),
+                    wide_stores=wide(value),
+                    bytes_moved=moved,
+                )
+            )
+    return found

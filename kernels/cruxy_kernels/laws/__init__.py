@@ -1,0 +1,1 @@
+"""The laws of a step: what is measured, and what follows from it."""

@@ -1,0 +1,193 @@
+"""The update in Triton: one frame for every rule and codec, one launch for all tensors of one dtype pair.
+
+A program serves 1,024 elements of one tensor: it decodes the state, hands fp32 values to the rule's function (a
+constant of the kernel, rules/), rounds the parameters and encodes the state again. Every value that changes in
+training is read from the control vector on the device.
+"""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from . import tables as T
+from ._triton import HAS_TRITON
+from .codec import BLOCK, Codec, codec_of
+from .launch import Batch, batches, launch
+from .laws import layout as L
+from .rules import Rule
+
+LINES = T.CHUNK // BLOCK
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from .rounding import random_bits_kernel, round_stochastic_kernel
+    from .storage import load_values, store_raw
+
+    _BLOCK = tl.constexpr(BLOCK)
+
+    @triton.jit
+    def store_param(entry, slots, start, local, remaining, p, TYPE: tl.constexpr, MASKED: tl.constexpr):
+        """Stores fp32 parameters; 16-bit ones with stochastic rounding (rounding.py)."""
+        address = tl.load(entry + T.PARAM)
+        if TYPE != "fp32":
+            seed = tl.load(slots + L.SEED).to(tl.int32)
+            step = tl.load(slots + L.STEP).to(tl.int32)
+            random = random_bits_kernel(seed, step, tl.load(entry + T.ID), start + local)
+            p = round_stochastic_kernel(p, random, TYPE)
+        store_raw(address, start, local, remaining, p, TYPE, MASKED)
+
+    @triton.jit
+    def load_state(
+        entry, NUMBER: tl.constexpr, start, local, remaining, TYPE: tl.constexpr, LOAD: tl.constexpr,
+        LINES: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        """fp32 of state buffer NUMBER."""
+        columns = entry + NUMBER * T.STATE_COLUMNS
+        address, scales = tl.load(columns + T.STATE), tl.load(columns + T.SCALE)
+        return LOAD(address, scales, start, local, remaining, TYPE, LINES, MASKED)
+
+    @triton.jit
+    def store_state(
+        entry, NUMBER: tl.constexpr, start, local, remaining, values, TYPE: tl.constexpr, STORE: tl.constexpr,
+        LINES: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        columns = entry + NUMBER * T.STATE_COLUMNS
+        address, scales = tl.load(columns + T.STATE), tl.load(columns + T.SCALE)
+        STORE(address, scales, start, local, remaining, values, TYPE, LINES, MASKED)
+
+    @triton.jit
+    def update_chunk(
+        entry, slots, start, remaining, factor, multiplier,
+        lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt,
+        RULE: tl.constexpr, FLAGS: tl.constexpr, STATES: tl.constexpr, PARAM_TYPE: tl.constexpr,
+        GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
+        LINES: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        local = tl.arange(0, LINES)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+        m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+        g = load_values(tl.load(entry + T.GRAD), start, local, remaining, GRAD_TYPE, MASKED) * factor
+        p = load_values(tl.load(entry + T.PARAM), start, local, remaining, PARAM_TYPE, MASKED)
+        if STATES == 1:
+            p, m = RULE(p, g, m, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS)
+            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
+            store_state(entry, 0, start, local, remaining, m, STATE_TYPE, STORE, LINES, MASKED)
+        else:
+            v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+            p, m, v = RULE(
+                p, g, m, v, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS
+            )
+            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
+            store_state(entry, 0, start, local, remaining, m, STATE_TYPE, STORE, LINES, MASKED)
+            store_state(entry, 1, start, local, remaining, v, STATE_TYPE, STORE, LINES, MASKED)
+
+    @triton.jit
+    def update_kernel(
+        entries,  # int64 (tensors, COLUMNS)
+        chunk_entry,  # int32 (chunks,)
+        chunk_index,  # int32 (chunks,)
+        control,  # fp32 (rows, NUM_SLOTS)
+        lr_multipliers,  # fp32 (tensors of the caller,)
+        RULE: tl.constexpr,
+        FLAGS: tl.constexpr,
+        STATES: tl.constexpr,
+        PARAM_TYPE: tl.constexpr,
+        GRAD_TYPE: tl.constexpr,
+        STATE_TYPE: tl.constexpr,
+        LOAD: tl.constexpr,
+        STORE: tl.constexpr,
+        HAS_MULTIPLIERS: tl.constexpr,
+        LINES: tl.constexpr,
+        LAYOUT: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        entry = entries + tl.load(chunk_entry + program).to(tl.int64) * T.COLUMNS
+        slots = control + tl.load(entry + T.ROW) * L.NUM_SLOTS
+        if tl.load(slots + L.SKIP) == 0:
+            start = tl.load(chunk_index + program).to(tl.int64) * (LINES * _BLOCK)
+            remaining = tl.minimum(tl.load(entry + T.NUMEL) - start, LINES * _BLOCK).to(tl.int32)
+            factor = tl.load(slots + L.GRAD_FACTOR)
+            # What a rule does not use is not loaded: the compiler leaves it out.
+            lr = tl.load(slots + L.LR_OUT)
+            weight_decay = tl.load(slots + L.WEIGHT_DECAY)
+            beta1 = tl.load(slots + L.BETA1_OUT)
+            beta2 = tl.load(slots + L.BETA2_OUT)
+            eps = tl.load(slots + L.EPS)
+            correction1 = tl.load(slots + L.BIAS_CORRECTION1)
+            correction2_sqrt = tl.load(slots + L.BIAS_CORRECTION2_SQRT)
+            multiplier = 1.0
+            if HAS_MULTIPLIERS:
+                multiplier = tl.load(lr_multipliers + tl.load(entry + T.INDEX))
+            if (remaining == LINES * _BLOCK) & (tl.load(entry + T.ALIGNED) != 0):
+                update_chunk(
+                    entry, slots, start, remaining, factor, multiplier,
+                    lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, RULE, FLAGS, STATES,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LINES, False,
+                )  # fmt: skip
+            else:
+                update_chunk(
+                    entry, slots, start, remaining, factor, multiplier,
+                    lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, RULE, FLAGS, STATES,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LINES, True,
+                )  # fmt: skip
+
+
+def columns_of(
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]]
+) -> dict[int, Sequence[Tensor]]:
+    """The columns of an update's table."""
+    columns = {T.PARAM: params, T.GRAD: grads}
+    for i, name in enumerate(rule.state):
+        columns[T.STATE + i * T.STATE_COLUMNS] = state[name]
+        if name + "_scale" in state:
+            columns[T.SCALE + i * T.STATE_COLUMNS] = state[name + "_scale"]
+    return columns
+
+
+def launch_batch(
+    rule: Rule, batch: Batch, codec: Codec, control: Tensor, lr_multipliers: Tensor | None, flags: int
+) -> None:
+    """One launch of the rule; `control` and `lr_multipliers` are on the batch's device, `flags` is `Rule.bits`."""
+    launch(
+        update_kernel,
+        batch.table.chunks,
+        batch.table.entries,
+        batch.table.chunk_entry,
+        batch.table.chunk_index,
+        control,
+        control if lr_multipliers is None else lr_multipliers,
+        RULE=rule.kernel,
+        FLAGS=flags,
+        STATES=len(rule.state),
+        PARAM_TYPE=batch.types[T.PARAM],
+        GRAD_TYPE=batch.types[T.GRAD],
+        STATE_TYPE=batch.types[T.STATE],
+        LOAD=codec.load,
+        STORE=codec.store,
+        HAS_MULTIPLIERS=lr_multipliers is not None,
+        LINES=LINES,
+        LAYOUT=L.KEY + T.KEY,
+    )
+
+
+def launch_update(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]],
+    control: Tensor,
+    rows: Sequence[int] | None,
+    ids: Sequence[int] | None,
+    lr_multipliers: Tensor | None,
+    flags: int,
+) -> None:
+    """`dispatch.update_` by the kernel, with arguments that it has checked."""
+    for batch in batches(columns_of(rule, params, grads, state), rows, ids, read_only=(T.GRAD,)):
+        codec = codec_of(state[rule.state[0]][batch.indices[0]])
+        here = control.to(batch.device, non_blocking=True)
+        factors = None if lr_multipliers is None else lr_multipliers.to(batch.device, non_blocking=True)
+        launch_batch(rule, batch, codec, here, factors, flags)
+        batch.finish()
