@@ -328,7 +328,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place for messages, object) of each line; a file that holds one JSON list works too."""
     text = _decode(path)
     if not text.strip():
-        raise UserError(f"{path} is empty; expected one JSON object a line (fields: {ACCEPTED})")
+        raise UserError(f"{path} is empty; expected one JSON object per line (fields: {ACCEPTED})")
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -346,7 +346,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             shown = line.strip()[:60]
             raise UserError(
                 f"{path}: line {number} is not JSON ({error.msg} at column {error.colno}): {shown!r}; expected one "
-                "JSON object a line (a plain text needs a name that ends in .txt)"
+                "JSON object per line (a plain text needs a name that ends in .txt)"
             ) from None
 
 

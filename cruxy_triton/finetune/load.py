@@ -227,7 +227,7 @@ def model_of(
 
 
 def _check_loaded(recipe: Recipe, info: dict[str, Any]) -> None:
-    """Refuses a model of which transformers has filled a part with random numbers."""
+    """Raises UserError for weights that transformers has filled with random numbers."""
     wrong = [(name, "is missing") for name in sorted(info["missing_keys"])]
     wrong += [(n, f"has shape {list(a)} instead of {list(b)}") for n, a, b in sorted(info["mismatched_keys"])]
     if wrong:

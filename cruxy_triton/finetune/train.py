@@ -168,6 +168,7 @@ class Trainer(SFTTrainer):
         # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
+
     def _take_accuracy(self, mode: str) -> float:
         """TRL's accuracy of the last batch: the part of the labels that the model put first."""
         seen = self._metrics[mode]["mean_token_accuracy"]
