@@ -128,7 +128,8 @@ def _ids(records: list[Record], tokenizer: Any) -> tuple[list[list[int]], list[l
         except Exception as error:  # whatever a template's own code raises
             roles = ", ".join(m["role"] for m in record["prompt"] + record["completion"])
             raise UserError(
-                f"{record.place}: the model's chat template refuses this conversation (roles {roles}): {error}"
+                f"{record.place}: the model's chat template refuses this conversation (roles {roles}): "
+                f"{str(error).strip().partition(chr(10))[0]}"
             ) from error
     return prompts, wholes
 
@@ -411,8 +412,8 @@ def _has_words(value: Any) -> bool:
 
 
 def _json_type(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names[type(value)]
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)  # parquet has other types too
 
 
 def _form_of(row: dict, place: str) -> tuple[str, tuple[str, ...]]:

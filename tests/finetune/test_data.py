@@ -160,6 +160,7 @@ GOOD = '{"prompt": "P", "completion": "C"}\n'
         ("{}\n", "found none"),
         (GOOD + '{"text": "T"}\n', "line 2 holds a text record, but"),
         ('{"prompt": "P", "completion": 3}\n', "field 'completion' is a JSON number"),
+        ('{"prompt": "P", "completion": {"text": "C"}}\n', "field 'completion' is a JSON object"),
         ('{"prompt": "P", "completion": ""}\n' * 3, "all 3 records have an empty answer"),
         (GOOD, "only 1 usable record"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
