@@ -210,6 +210,7 @@ def test_several_processes_are_refused(name: str, train, tmp_path: Path, monkeyp
     [
         ("bert", {}, r"\(bert\) is no causal language model: what it says of a token changes with the tokens after it"),
         ("rwkv", {"load_in_4bit": True}, r"\(rwkv\) cannot be trained here in 4 bits: running four tokens"),
+        ("mamba", {"target_modules": ["in_proj", "lm_head"]}, "in_proj lm_head takes in the output layer"),
         ("mamba", {"target_modules": ["banana"]}, "its linear layers are dt_proj, in_proj, out_proj, x_proj"),
     ],
 )
