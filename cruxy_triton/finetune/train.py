@@ -25,11 +25,10 @@ from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.optimizer import CruxyOptimizer
-
-Rows = list[dict[str, list[int]]]
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -89,7 +88,7 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self._some_tokens = rows[0][0]["input_ids"][:4]
+        self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
         args = SFTConfig(
@@ -169,6 +168,7 @@ class Trainer(SFTTrainer):
         # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
+
     def _take_accuracy(self, mode: str) -> float:
         """TRL's accuracy of the last batch: the part of the labels that the model put first."""
         seen = self._metrics[mode]["mean_token_accuracy"]

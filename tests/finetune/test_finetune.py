@@ -81,7 +81,7 @@ def test_adapter_loads_with_plain_peft_and_gives_the_same_loss(
     before = stock_loss(base, tokenizer, found.held_out, 128)
     loaded = PeftModel.from_pretrained(base, command.folder / "run" / "adapter").train()
     after = stock_loss(loaded, tokenizer, found.held_out, 128)
-    # float32 sums in another order and batch; in 4-bit the same dequantised weights are used on both sides
+    # float32 sums in another order and batch; in 4-bit the same dequantized weights are used on both sides
     assert before == pytest.approx(result["before"]["loss"], rel=1e-5)
     assert after == pytest.approx(result["after"]["loss"], rel=1e-5)
 
