@@ -103,7 +103,7 @@ class Trainer(SFTTrainer):
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
-            self.optimizer.register_step_pre_hook(self._give_loss)
+            self.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.set_loss(self.step_loss))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -125,9 +125,6 @@ class Trainer(SFTTrainer):
         # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
-
-    def _give_loss(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "loss": self.step_loss}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""
