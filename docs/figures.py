@@ -130,17 +130,20 @@ def modes() -> None:
     courses = list(dict.fromkeys(one["gradients"] for one in data["series"]))
     figure, panels = pyplot.subplots(1, len(courses), figsize=(8.4, 3.4), sharey=True, layout="constrained")
     for axes, course in zip(panels, courses, strict=True):
+        spike = "spike" in course
+        shown = [(i, step) for i, step in enumerate(data["steps"]) if not spike or 1750 <= step <= 2250]
+        x = [step for _, step in shown]
         for mode, style in lines.items():
+            if mode == "meta3 without guard" and not spike:
+                continue  # nothing else tells it from meta3
             seeds = [one for one in data["series"] if (one["gradients"], one["mode"]) == (course, mode)]
-            if mode == "meta3 without guard" and course != courses[-1]:
-                continue  # only a spike tells it from meta3
-            by_step = [sorted(values) for values in zip(*(one["used_over_asked"] for one in seeds), strict=True)]
-            axes.fill_between(data["steps"], [v[0] for v in by_step], [v[-1] for v in by_step],
-                              color=style["color"], alpha=0.2, lw=0)  # fmt: skip
-            axes.plot(data["steps"], [v[len(v) // 2] for v in by_step], label=mode, **style)
+            values = [sorted(one["used_over_asked"][i] for one in seeds) for i, _ in shown]
+            axes.fill_between(x, [v[0] for v in values], [v[-1] for v in values], color=style["color"], alpha=0.2, lw=0)
+            axes.plot(x, [v[len(v) // 2] for v in values], label=mode, **style)
         axes.axhline(1, color=TEXT, lw=1, ls=(0, (4, 3)))
         axes.set_yscale("log")
-        axes.set(ylim=(0.09, 4.5), xticks=[0, 1000, 2000, 3000, 4000], xlabel="step")
+        axes.set(ylim=(0.09, 4.5), xlim=(1940, 2250) if spike else None, xlabel="step")
+        axes.set_xticks([2000, 2100, 2200] if spike else [0, 1000, 2000, 3000, 4000])
         axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
         axes.minorticks_off()
         axes.grid(color=TEXT, alpha=0.2, lw=0.6)

@@ -47,7 +47,7 @@ COURSES = {
     "one spike of 30 times": (lambda step: 30.0 if step == SPIKE else 1.0, lambda step: 2.0),
 }
 PRINTED = (10, 60, 200, 500, 1000, SPIKE, SPIKE + 50, 3000, STEPS)
-KEPT = sorted({1, *PRINTED, *range(100, STEPS + 1, 100), *range(SPIKE + 10, SPIKE + 100, 20)})
+KEPT = sorted({1, 20, 40, 100, 300, *PRINTED, *range(750, STEPS, 250), *(SPIKE + k for k in (-1, 10, 30, 100))})
 # Beside used over asked; beta2 is of the AdamW rule.
 SLOTS = {"lr_scale": L.LR_SCALE, "phase": L.PHASE, "beta2": L.BETA2_OUT, "clip_threshold": L.CLIP_THRESHOLD}
 
@@ -112,7 +112,7 @@ def continued_adamw(steps: int = 2000, more: int = 50) -> dict[str, float]:
 
 
 def numbers(values: Tensor) -> list[float]:
-    return [float(f"{value:.3g}") for value in values.tolist()]
+    return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def main() -> int:

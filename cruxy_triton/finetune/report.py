@@ -36,9 +36,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels[0].plot([row["step"] for row in evaluations], held_out, "o-", color="C3", label="held out")
     panels[0].set_ylabel("loss (nats a token)")
     panels[0].legend()
-    panels[1].plot(x, [row["lr"] for row in steps], color="C1", label="schedule")
+    panels[1].plot(x, [row["lr"] for row in steps], color="C1", label="asked for")
     if with_phase:
-        panels[1].plot(x, [row["lr_used"] for row in steps], color="C2", label="after control")
+        panels[1].plot(x, [row["lr_used"] for row in steps], color="C2", label="used")
         panels[1].legend()
         panels[2].plot([row["step"] for row in with_phase], [row["phase"] for row in with_phase], color="C4")
         panels[2].set_ylabel("phase φ")
@@ -67,6 +67,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     steps = [row for row in rows if "loss" in row]
     seconds = sorted(row["seconds"] for row in steps)
     median = seconds[len(seconds) // 2] if seconds else float("nan")
+    used = [row for row in steps if row.get("lr_used") is not None]
+    asked = sum(row["lr"] for row in used)
     lines = [
         f"# Fine-tuning {recipe['model']}",
         "",
@@ -95,8 +97,9 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
-        + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g}), "
-        f"weight decay {recipe['weight_decay']:g} |",
+        + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"
+        + (f", of which control used {sum(row['lr_used'] for row in used) / asked:.0%}" if asked else "")
+        + f", weight decay {recipe['weight_decay']:g} |",
         f"| seed | {recipe['seed']} |",
         f"| memory | {_memory(run)} |",
         f"| versions | {', '.join(f'{k} {v}' for k, v in run['versions'].items())} |",
