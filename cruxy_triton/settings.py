@@ -59,6 +59,7 @@ class Setting:
     metavar: str = ""
     flag: str = ""
     left_open: str = ""
+    required: bool = False
     searched: bool = False
     configures: bool = False
     only_with: tuple[str, tuple[Any, ...]] | None = None
@@ -84,7 +85,7 @@ class Setting:
 
     def check(self, value: Any) -> Any:
         """`value` in the setting's own type; raises UserError where it cannot be used. None stays: left open."""
-        if value is None and (self.default is None or self.searched):
+        if value is None and self.default is None and not self.required:
             return None
         if self.kind == "size" and isinstance(value, (int, str)) and not isinstance(value, bool):
             return parse_bytes(value)
@@ -171,7 +172,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def _setting(default: Any, help: str, *, group: str, **rest: Any) -> Any:
     metadata = {"default": default, "help": help, "group": group, **rest}
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
+        return dataclasses.field(metadata={**metadata, "default": None, "required": True})
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -197,9 +198,7 @@ class Settings:
         dataclasses.MISSING, "Hugging Face id, or a folder with a model", group="", flag="", metavar="MODEL",
         commands=BOTH,
     )  # fmt: skip
-    data: str = _data(
-        dataclasses.MISSING, "JSONL, plain text (.txt), or a datasets id", metavar="FILE", left_open="needed"
-    )
+    data: str = _data(dataclasses.MISSING, "JSONL, plain text (.txt), or a datasets id", metavar="FILE")
     output: str = _data(dataclasses.MISSING, "output folder", metavar="DIR", left_open="runs/<model>-<data>")
 
     subset: str | None = _data(None, "subset (configuration) of a datasets id", metavar="NAME", left_open="none")
@@ -286,8 +285,6 @@ def _declared() -> dict[str, Setting]:
     for field in dataclasses.fields(Settings):
         plain = str(field.type).removesuffix(" | None")
         values = {"kind": kinds.get(plain, plain), "flag": "--" + field.name.replace("_", "-"), **field.metadata}
-        if values["default"] is dataclasses.MISSING:
-            values["default"] = None
         found[field.name] = Setting(name=field.name, **values)
     extra = [
         Setting("gpu", "text", None, "a card of profiles/gpus, a .toml file, or auto", "card", PLAN, flag="--gpu",
@@ -375,11 +372,11 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"lr": DEFAULT_LR[values["optimizer"]], "lora_alpha": 2 * values["lora_r"]}
 
 
-def command_words(values: Mapping[str, Any], command: str = "finetune") -> list[str]:
-    """The options that set `values`, all of a command's settings; what it does anyway is left out."""
+def command_words(values: Mapping[str, Any]) -> list[str]:
+    """The options of `finetune` that set `values` (a whole configuration); what it does anyway is left out."""
     words = []
     defaults = {name: setting.default for name, setting in SETTINGS.items()} | derived(values)
-    for setting in of_command(command):
+    for setting in of_command("finetune"):
         value = values.get(setting.name)
         if setting.only_with is not None and values.get(setting.only_with[0]) not in setting.only_with[1]:
             continue
@@ -409,7 +406,7 @@ RENAMED = {
     "--optimizer torch-adamw": "--optimizer adamw",
 }
 GONE = {
-    "--accumulation": "--batch-size N says how many sequences an optimizer step sees, in micro-batches of "
+    "--accumulation": "--batch-size N is what an optimizer step sees, in micro-batches of "
     "--micro-batch-size",
     "--precision": "--dtype float16|bfloat16|float32, or --load-in-4bit",
 }

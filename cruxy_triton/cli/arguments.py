@@ -69,15 +69,13 @@ def add_settings(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def _help(setting: Setting, command: str) -> str:
-    if not setting.flag:
-        return setting.help
-    default = setting.left_open or str(setting.default)
     if command == "plan" and setting.searched:
         default = "searched"
-    elif setting.kind == "switch":
-        default = setting.left_open or ("on" if setting.default else "off")
-    elif setting.kind == "names":
-        default = " ".join(setting.default)
+    elif setting.required and not setting.left_open:
+        return setting.help
+    else:
+        shown = {True: "on", False: "off"}.get(setting.default) if setting.kind == "switch" else str(setting.default)
+        default = setting.left_open or (" ".join(setting.default) if setting.kind == "names" else shown)
     return f"{setting.help} (default: {default})".replace("%", "%%")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cruxy_triton.cli.arguments import add_settings
 from cruxy_triton.cli.arguments import given as typed
+from cruxy_triton.environment import require_train_extra
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_train_extra()
     _environment()
     given = typed(args, "finetune")
     record_gradients = given.pop("record_gradients", 0)
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         say(f"interrupted: checkpoint of step {result.step} saved; continue with")
         say(f"  cruxy-triton finetune --resume --output {recipe.output}")
-        return 130
+        return 128 + result.signal
     return _finish(result, args, say)
 
 
@@ -127,7 +129,7 @@ def _complete(given: dict[str, Any], is_demo: bool) -> dict[str, Any]:
         from cruxy_triton.finetune import demo
 
         defaults = {
-            "output": "runs/demo",
+            "output": demo.free_output(),
             "lora_r": demo.LORA_R,
             "max_seq_length": demo.LENGTH,
             "max_steps": demo.STEPS,

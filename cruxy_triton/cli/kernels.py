@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", help="predict times at the bandwidth of this GPU profile, for example gtx1650")
     parser.add_argument("--bandwidth-gb-s", type=float, help="predict times at this bandwidth, in GB/s")
     parser.add_argument(
-        "--parameters", type=int, default=DEFAULT_PARAMETERS, help="parameters a step updates (default: %(default)s)"
+        "--parameters", type=int, default=DEFAULT_PARAMETERS, help="parameters per step (default: %(default)s)"
     )
     parser.add_argument("--processes", type=int, default=2, help="compile in this many processes")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -68,7 +68,7 @@ def _too_small(nearest: Plan, recipe: Recipe) -> str:
 def describe(plan: Plan | None, recipe: Recipe) -> list[str]:
     """The plan as lines for a terminal."""
     settings = (
-        f"{recipe.max_seq_length} tokens, {recipe.batch_size} sequences a step in micro-batches of "
+        f"{recipe.max_seq_length} tokens, {recipe.batch_size} sequences per step in micro-batches of "
         f"{recipe.micro_batch_size}, gradient checkpointing {'on' if recipe.gradient_checkpointing else 'off'}"
     )
     if plan is None:

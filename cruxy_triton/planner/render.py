@@ -28,7 +28,7 @@ _MEANING = {
     "adapters": "LoRA, float32",
     "activations": "kept and passing activations",
     "logits and loss": "head and cross-entropy",
-    "workspaces": "cuBLAS, dequantised weights, attention",
+    "workspaces": "cuBLAS, dequantized weights, attention",
     "allocator": "PyTorch's rounding and fragmentation",
     "context": "CUDA context",
 }

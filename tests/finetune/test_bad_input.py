@@ -129,6 +129,19 @@ def test_model(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(model: Path, command) -> None:
+    """Its libraries would ask five times, for 23 seconds, and warn each time."""
+    (command.folder / "d.jsonl").write_text(GOOD * 9)
+    for words, says in (
+        (("no-such-owner/no-such-model", "--data", "d.jsonl"), "neither a folder here nor a Hugging Face model"),
+        ((model, "--data", "no-such-owner/no-such-set"), "neither a file here nor a dataset"),
+    ):
+        done = command("finetune", *words, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+        check(done, says)
+        assert "Retrying" not in done.stderr
+        assert len(done.stderr.splitlines()) <= 2, done.stderr
+
+
 def test_lengths_budget_and_targets(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "long " * 200, "completion": "C"}) * 1 + "\n" + GOOD)

@@ -169,16 +169,18 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
     assert (command.folder / "whole" / adapter).read_bytes() == (command.folder / "broken" / adapter).read_bytes()
 
 
-def test_ctrl_c_saves_first_and_the_run_goes_on(small_model, questions: Path, command) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_first_and_the_run_goes_on(number: int, small_model, questions: Path, command) -> None:
     words = ("finetune", small_model(), "--data", questions, *RESUMED)
     whole = command(*words, "--output", "whole")
     assert whole.returncode == 0, whole.stderr
 
     process = command.start(*words, "--output", "broken")
     wait_for_steps(command.folder / "broken", 7, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
+    assert "stopping: finishing this step" in output
     assert "--resume --output" in output
     run = record(command.folder / "broken")
     assert run["status"] == "interrupted"
@@ -210,7 +212,7 @@ def test_overwrite_replaces_a_run_and_changed_data_stops_a_resume(small_model, q
     assert record(command.folder / "run") == first
 
     process = command.start(*words, "--overwrite", "--seed", "3")
-    while not (command.folder / ".run.previous").exists():  # until then run/ still holds the earlier metrics
+    while not (command.folder / "run.previous").exists():  # until then run/ still holds the earlier metrics
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     wait_for_steps(command.folder / "run", 1, process)
@@ -220,7 +222,7 @@ def test_overwrite_replaces_a_run_and_changed_data_stops_a_resume(small_model, q
     refused = command("finetune", "--resume", "--output", "run")
     assert refused.returncode == 2
     assert "has changed since" in refused.stderr
-    assert record(command.folder / ".run.previous") == first, "the overwritten run is safe until the new one is done"
+    assert record(command.folder / "run.previous") == first, "the overwritten run is safe until the new one is done"
 
 
 def test_conversations_with_a_chat_model(small_model, command) -> None:
