@@ -118,7 +118,7 @@ def run() -> None:
 
 
 def modes() -> None:
-    """Learning rate used over the one asked for, by mode and step: the seeds' median and the band of all."""
+    """Learning rate used over the one asked for, by mode and step: median and range of the seeds."""
     data = json.loads(MODES.read_text(encoding="utf-8"))
     lines = {
         "meta3": {"color": GREEN, "lw": 2.2},
