@@ -138,7 +138,7 @@ class Trainer(SFTTrainer):
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
-            self.optimizer.register_step_pre_hook(self._give_loss)
+            self.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.set_loss(self.step_loss))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -175,9 +175,6 @@ class Trainer(SFTTrainer):
         accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
         self._metrics[mode].clear()
         return accuracy
-
-    def _give_loss(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "loss": self.step_loss}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""
