@@ -86,7 +86,7 @@ class Ladder:
         regime = self.regimes.update(severity)
         if regime is not before:
             self._note(E.REGIME, f"{before.value} -> {regime.value} (pressure {self.regimes.pressure:.2f})", reading)
-        if reading.step % QUIET_INTERVAL == 0:
+        if reading.step == 1 or reading.step % QUIET_INTERVAL == 0:
             self._dead_layers(reading)
         if not (reading.overflow or self._ended):
             self._climb(before, reading, severity if rising else 0)
