@@ -28,8 +28,9 @@ class GuardCallback(TrainerCallback):
         policy: thresholds and budgets.
         events: file name of the events; a relative one lies in the Trainer's output folder.
 
-    `guard` is the TrainingGuard while and after the run. Set the Trainer's `max_grad_norm=0`: after its own clipping
-    of a non-finite gradient every layer holds NaN, and the report could not name the one it came from.
+    `guard` is the TrainingGuard while and after the run. The Trainer measures (and with `max_grad_norm` clips) the
+    global norm before the optimizer is called, which spreads one NaN over all gradients: of a non-finite gradient the
+    report can then only say that all tensors hold it.
 
     TensorBoard and W&B are called before a user's callbacks: `attach(trainer)` instead of `callbacks=[...]` puts this
     one first, so that they log the guard's numbers as well.

@@ -108,11 +108,14 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     if not folder.is_dir():
         return []
     for old in folder.glob(".checkpoint-*.old"):
-        target = folder / old.name[1 : -len(".old")]
-        if not target.exists():
-            old.rename(target)
+        if not _replaced(old).exists():
+            old.rename(_replaced(old))
     found = [path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name)]
     return sorted(found, key=step_of)
+
+
+def _replaced(old: Path) -> Path:
+    return old.with_name(old.name[1 : -len(".old")])
 
 
 def step_of(path: Path) -> int:
@@ -171,6 +174,9 @@ def _rotate(folder: Path, keep: int) -> None:
             good += 1
     for leftover in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for old in folder.glob(".checkpoint-*.old"):  # a crash came between the replacing and the removing
+        if not verify(_replaced(old)):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _files(path: Path) -> list[Path]:

@@ -105,7 +105,7 @@ class TrainingGuard:
         self._watch_scale()
         if loss is not None:
             value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-            self._losses.append(value.float().mean())
+            self._losses.append(value.reshape(()) if value.numel() == 1 else value.float().mean())
             self._shared = share
         if batch is not None:
             self._batch = batch
@@ -113,6 +113,8 @@ class TrainingGuard:
     def overflowed(self) -> None:
         """A loss scaler refused a step, so that `optimizer.step` never ran (the integrations call this)."""
         self._losses, self._batch = [], None
+        self._steps += 1
+        self._ladder.step = self._steps
         self._ladder.overflowed()
         self._raise_if_stopped()
 
@@ -185,7 +187,8 @@ class TrainingGuard:
         stale, self._ladder.rolled_back = self._ladder.rolled_back, False
         if self.stopped is not None or (stale and closure is None):
             # After a stop no step is taken; after a rollback these gradients are of weights that are gone.
-            self._losses = []
+            self._losses, self._batch = [], None
+            self._steps += 1
             self._hidden.hide(p for group in self.optimizer.param_groups for p in group["params"])
             return None
         if closure is None:
@@ -214,9 +217,9 @@ class TrainingGuard:
     def _judge(self) -> None:
         telemetry = self._ready()
         losses, batch, self._losses, self._batch = self._losses, self._batch, [], None
-        loss = None
-        if losses:
-            stacked = torch.stack([x.to(telemetry.device, non_blocking=True) for x in losses])
+        loss = losses[0] if losses else None
+        if len(losses) > 1:
+            stacked = torch.stack([x.to(telemetry.device, torch.float32, non_blocking=True) for x in losses])
             loss = stacked.sum() if self._shared else stacked.mean()
         found_inf = getattr(self.optimizer, "found_inf", None)
         calm = self.regime in (Regime.WARMING, Regime.STABLE)

@@ -53,6 +53,7 @@ class Ladder:
         self._bad_streak = 0  # non-finite steps in a row
         self._overflows = 0  # steps in a row that a loss scaler refused
         self._resets = self._rollbacks = 0
+        self._reset = False  # momentum was reset in this spell of the unstable regime
         self._last_rollback = -(10**9)
         self._silent: dict[int, int] = {}
         self._ended = False
@@ -117,7 +118,7 @@ class Ladder:
 
     def _overflowed(self, reading: Reading | None) -> None:
         self._overflows += 1
-        if self._overflows == 1:
+        if self._overflows < self.policy.max_overflows:
             self._note(E.OVERFLOW, "gradient overflow: the loss scaler lowers its scale, the step is skipped", reading)
         if self._overflows >= self.policy.max_overflows:
             self._stop(f"{self._overflows} overflows in a row: gradients overflow at any loss scale", reading)
@@ -153,13 +154,14 @@ class Ladder:
         if ratio is not None and limit is not None and self._too_large(ratio, limit, reading, calm):
             return None
         since = regimes.since
+        self._reset = self._reset and regimes.current is Regime.UNSTABLE
         if regimes.current is Regime.UNSTABLE and severity:
             if before is Regime.WARMING:
                 return self._escalate("unstable from the start", reading)
             if since >= policy.rollback_after:
                 return self._escalate(f"unstable for {since} steps", reading)
-            if since >= policy.reset_after and self._resets < policy.max_momentum_resets:
-                self._resets += 1
+            if since >= policy.reset_after and not self._reset and self._resets < policy.max_momentum_resets:
+                self._resets, self._reset = self._resets + 1, True
                 if policy.act:
                     reset_momentum(self.optimizer)
                 self._note(E.RESET, "still unstable: momentum reset", reading, cost="the momentum of some ten steps")
@@ -273,9 +275,11 @@ class Ladder:
             self.take_snapshot(self.step)
 
     def take_snapshot(self, step: int) -> None:
-        """Copy the state after `step` steps, where it is small enough."""
-        if self.policy.act and self.snapshots.bytes_needed() <= self.policy.snapshot_max_bytes:
-            assert self.baselines is not None
+        """Copy the state after `step` steps, where it is small enough; of one that only observes, the step alone."""
+        assert self.baselines is not None
+        if not self.policy.act:
+            self.snapshots.mark(step)
+        elif self.snapshots.bytes_needed() <= self.policy.snapshot_max_bytes:
             self.snapshots.take(step, self.baselines)
 
     # -- events and state ------------------------------------------------------------------------------------
@@ -287,7 +291,8 @@ class Ladder:
         layer = None
         if layers:
             more = f" and {len(layers) - 1} more of {len(self.names)}" if len(layers) > 1 else ""
-            layer = self.names[layers[0]] + more
+            whole = 1 < len(layers) == len(self.names)
+            layer = f"all {len(layers)} tensors" if whole else self.names[layers[0]] + more
         event = Event(
             step=self.step, kind=kind, regime=self.regimes.current.value, message=message, layer=layer,
             batch=None if reading is None else reading.batch, seen={} if reading is None else dict(reading.seen),
@@ -304,6 +309,7 @@ class Ladder:
             "rate": self.rate.state_dict(),
             "skips": list(self._skips),
             "counts": [self._bad_streak, self._overflows, self._resets, self._rollbacks, self._last_rollback],
+            "reset": self._reset,
             "silent": dict(self._silent),
         }
 
@@ -314,4 +320,5 @@ class Ladder:
         self.rate.load_state_dict(state["rate"])
         self._skips = deque((bool(x) for x in state["skips"]), maxlen=self.policy.skip_window)
         self._bad_streak, self._overflows, self._resets, self._rollbacks, self._last_rollback = state["counts"]
+        self._reset = bool(state["reset"])
         self._silent = {int(k): int(v) for k, v in state["silent"].items()}

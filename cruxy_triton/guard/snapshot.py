@@ -53,6 +53,13 @@ class Snapshots:
             buffers=[_host_copy(b) for b in self._buffers()],
             baselines=_host_copy(baselines),
         )
+        self._keep(snapshot)
+
+    def mark(self, step: int) -> None:
+        """Remember that a snapshot would have been taken here; `restore` cannot use it."""
+        self._keep(Snapshot(step, [], {}, [], torch.empty(0)))
+
+    def _keep(self, snapshot: Snapshot) -> None:
         if self.start is None:
             self.start = snapshot
         else:

@@ -22,8 +22,8 @@ from cruxy_triton.guard.policy import Policy
 
 # Mean absolute deviation times this is the standard deviation of a normal distribution: sqrt(pi / 2).
 NORMAL = math.sqrt(math.pi / 2)
-# A baseline's deviation is never below this (in logarithms); young baselines get 2 / (count + 1) on top, so that the
-# second step of a run is an outlier only at more than 1,000 times the first.
+# A baseline's deviation is at least FLOOR + YOUNG / count (in logarithms): the second step of a run is an outlier only
+# at thousands of times the first, the tenth at more than 10 times the others.
 FLOOR, YOUNG = 0.2, 2.0
 WINSOR = 3.0  # what an accepted value moves a baseline by at most, in deviations
 
@@ -34,13 +34,26 @@ HEAD = 8
 
 @dataclass
 class Verdict:
-    """Device tensors: what to do with this step. `factors` is (n,), `whole` the factor of the global norm."""
+    """Device tensors: what to do with this step.
 
-    skip: Tensor  # 0-dim bool
-    clipped: Tensor  # 0-dim: how many tensors are above their limit
-    factors: Tensor
-    whole: Tensor
+    `skip` is 0-dim, `clipped` the number of norms above their limit; `under` (n + 1) the logarithms of what brings
+    each norm to its limit, 0 where it is below.
+    """
+
+    skip: Tensor
+    clipped: Tensor
+    under: Tensor
     report: Tensor
+
+    @property
+    def factors(self) -> Tensor:
+        """(n,): what each tensor's gradient is multiplied by."""
+        return torch.exp(torch.minimum(self.under[:-1], self.under[-1]))
+
+    @property
+    def whole(self) -> Tensor:
+        """0-dim: what the global norm alone asks for."""
+        return torch.exp(self.under[-1])
 
 
 class Telemetry:
@@ -59,6 +72,7 @@ class Telemetry:
         self.state = torch.zeros((4, len(self.params) + 1), device=self.device)
         self._weights: Tensor | None = None
         self._empty = torch.full((), math.nan, device=self.device)
+        self._zero, self._one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -87,45 +101,38 @@ class Telemetry:
         norms = self._norms(owners)
         if grad_scale is not None:
             norms = norms / grad_scale.to(self.device, non_blocking=True)
-        value = self._empty if loss is None else loss.detach().to(self.device, torch.float32, non_blocking=True)
-        if value.numel() != 1:
-            value = value.mean()
-        norms, value = self._over_ranks(norms, value.reshape(()))
+        value = self._empty if loss is None else loss.to(self.device, torch.float32, non_blocking=True).reshape(())
+        norms, value = self._over_ranks(norms, value)
         norms = torch.cat([norms, torch.linalg.vector_norm(norms).reshape(1)])
 
-        mean, deviation, count, streak = self.state
+        # Few operators: each is a launch on an accelerator. What is not finite has a delta of 0.
+        mean, deviation, count, _ = self.state
         log = norms.log()
-        known, finite = count > 0, torch.isfinite(log)
-        sigma = torch.maximum(NORMAL * deviation, FLOOR + YOUNG / (count + 1))
-        delta = torch.where(known, log - mean, torch.zeros_like(log))
+        finite = log.abs() < math.inf
+        sigma = torch.maximum(NORMAL * deviation, YOUNG / count.clamp(min=1e-6) + FLOOR)
+        delta = torch.where(finite, log - mean, self._zero)
         score = delta / sigma
+        outlier = score > sigmas
         limit = sigma * sigmas
         if self.policy.tensor_ratio is not None:
-            limit[:n].clamp_(max=math.log(self.policy.tensor_ratio))
-        # A level that lasts is no outlier: after `patience` outliers in a row the baseline starts again from there.
-        outlier = finite & known & (score > sigmas)
-        shift = outlier & (streak >= self.policy.patience)
-        high = outlier & ~shift
-        over = torch.where(finite & known & ~shift, (delta - limit).clamp(min=0), torch.zeros_like(delta))
-        bad = ~torch.isfinite(norms[n]) | (high[n] & (score[n] > self.policy.skip_sigmas))
-        if loss is not None:
-            bad = bad | ~torch.isfinite(value)
+            ratio = torch.where(count[:n] > 0, math.log(self.policy.tensor_ratio), math.inf)
+            limit[:n] = torch.minimum(limit[:n], ratio)
+        under = (limit - delta).clamp(max=0)
+        if not self.policy.clip_tensors:
+            under[:n] = 0
 
-        over_bar = over if self.policy.clip_tensors else over[n].expand_as(over)
-        factors = torch.exp(-torch.maximum(over_bar[:n], over[n]))
-        clipped = (over_bar[:n] > 0).sum() + (over[n] > 0)
-
+        checked = norms[n] if loss is None else norms[n] + value  # finite only where both are
+        good = (checked.abs() < math.inf) & (score[n] <= self.policy.skip_sigmas)
+        overflow = self._zero
         if found_inf is not None:
-            overflow = found_inf.to(self.device, non_blocking=True).reshape(()) > 0
-            bad = bad | overflow
-        else:
-            overflow = torch.zeros_like(bad)
-        self._learn(log, finite, outlier, shift, sigma, delta, bad)
+            overflow = (found_inf.to(self.device, non_blocking=True).reshape(()) > 0).float()
+            good = good & (overflow == 0)
+        self._learn(log, finite, outlier, sigma, score, good)
+        skip = ~good
+        clipped = (under < 0).sum()
         scale = self._empty if grad_scale is None else grad_scale.to(self.device, torch.float32).reshape(())
-        head = torch.stack([
-            bad.float(), value, overflow.float(), scale, clipped.float(), norms[n], score[n], self._empty
-        ])  # fmt: skip
-        return Verdict(bad, clipped, factors, torch.exp(-over[n]), torch.cat([head, norms, score]))
+        head = torch.stack([skip.float(), value, overflow, scale, clipped.float(), norms[n], score[n], self._empty])
+        return Verdict(skip, clipped, under, torch.cat([head, norms, score]))
 
     def _norms(self, owners: list[int]) -> Tensor:
         """The norm of each tensor's gradient in fp32 (0 where there is none), on one device."""
@@ -155,20 +162,20 @@ class Telemetry:
         dist.all_reduce(total, group=group)
         return total[:-1].sqrt(), total[-1]
 
-    def _learn(
-        self, log: Tensor, finite: Tensor, outlier: Tensor, shift: Tensor, sigma: Tensor, delta: Tensor, bad: Tensor
-    ) -> None:
-        """Move the baselines: not by what is not finite, nor by outliers, nor in a step that is skipped."""
+    def _learn(self, log: Tensor, finite: Tensor, outlier: Tensor, sigma: Tensor, score: Tensor, good: Tensor) -> None:
+        """Move the baselines: not by what is not finite, nor by outliers, nor in a step that is skipped.
+
+        A level that lasts is no outlier: at the `patience`-th in a row the baseline starts again from there.
+        """
         mean, deviation, count, streak = self.state
-        start = shift | (finite & (count == 0) & ~bad)
-        accept = (finite & ~outlier & ~bad & ~start).float()
-        rate = accept * torch.maximum(1 / (count + 1), torch.full_like(count, 1 / self.policy.baseline_memory))
-        # `finite` first: 0 times infinity is not 0.
-        move = torch.where(finite, torch.minimum(torch.maximum(delta, -WINSOR * sigma), WINSOR * sigma), 0.0)
-        deviation.copy_(torch.where(start, 0.0, deviation + rate * (move.abs() - deviation)))
-        mean.copy_(torch.where(start, log, mean + rate * move))
-        count.copy_(torch.where(start, 1.0, count + accept))
-        streak.copy_(torch.where(finite, (streak + 1) * (outlier & ~shift), streak))
+        start = ((outlier & (streak >= self.policy.patience - 1)) | (count == 0)) & finite
+        accept = finite & ~outlier & good
+        rate = (1 / (count + 1)).clamp(min=1 / self.policy.baseline_memory) * accept
+        move = score.clamp(-WINSOR, WINSOR) * sigma
+        torch.where(start, self._zero, torch.lerp(deviation, move.abs(), rate), out=deviation)
+        torch.where(start, log, torch.addcmul(mean, rate, move), out=mean)
+        torch.where(start, self._one, count + accept, out=count)
+        torch.mul(streak + 1, outlier, out=streak)
 
 
 class UpdateRatio:

@@ -63,7 +63,7 @@ class Regression:
             if guard is not None:
                 guard.observe(loss, batch=step)
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
     def params(self) -> list[Tensor]:

@@ -40,7 +40,7 @@ class Oracle:
         self.count, self.memory = 0, memory
 
     def sigma(self) -> float:
-        return max(math.sqrt(math.pi / 2) * self.deviation, 0.2 + 2 / (self.count + 1))
+        return max(math.sqrt(math.pi / 2) * self.deviation, 0.2 + 2 / self.count)
 
     def limit(self, sigmas: float) -> float:
         return math.exp(self.mean + sigmas * self.sigma()) if self.count else math.inf
@@ -109,8 +109,8 @@ def test_a_spike_is_clipped_to_its_limit_or_skipped_and_moves_no_baseline(factor
     before = telemetry.state.clone()
     set_norms(params, [factor, 2 * factor])
     verdict = judge(telemetry)
-    # Constant norms: the deviation is its floor, .2 + 2/101; the limit is 6 of those, a skip 12 (13.8 times).
-    sigma = 0.2 + 2 / 101
+    # Constant norms: the deviation is its floor, .2 + 2/100; the limit is 6 of those, a skip 12 (14 times).
+    sigma = 0.2 + 2 / 100
     assert bool(verdict.skip) == (math.log(factor) > 12 * sigma)
     assert float(verdict.factors[0]) == pytest.approx(math.exp(6 * sigma) / factor, rel=1e-3)
     assert torch.equal(telemetry.state[:3], before[:3])
