@@ -1,227 +1,286 @@
-"""Checkpoints of CruxyOptimizer: packing its state into the form of torch.optim, and taking states over.
+"""Checkpoints of CruxyOptimizer: its state in the form of torch.optim, and what of a saved one can be taken over.
 
 The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
 
     {"state": {index: {"step": 0-dim fp32, "exp_avg": ..., "exp_avg_sq": ...}},
      "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
-`control` is the group's row of the control vector: the statistics, the controller's multiplier and its
-histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else.
+`control` is the group's main row of the control vector: the statistics, the controller's multiplier and its
+histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in fewer bits
+is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`).
+
+The functions here are pure: `read` makes and checks everything before an optimizer is touched.
 """
 
-import warnings
+import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cruxy_kernels import dequantize_blockwise, quantize_blockwise
+from cruxy_kernels import CODECS, RULES, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
-from cruxy_triton import distributed
+from cruxy_kernels.codec import Codec, codec_of
+from cruxy_triton import distributed, groups
+from cruxy_triton.errors import warn
+from cruxy_triton.groups import Group, rule_of, scale_name
 
-if TYPE_CHECKING:
-    from cruxy_triton.optimizer import CruxyOptimizer
-
-# What a state may hold: the torch AdamW's and lion-pytorch's keys, and our scales of the 8-bit momentum.
-_STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "exp_avg_scale"}
 # Settings that another optimizer's group shares with ours.
-_FOREIGN_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")
+FOREIGN_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")
+# Slots of a control row that are never negative.
+NON_NEGATIVE = (
+    L.STEP, L.AGE, L.SKIPPED, L.V_FAST, L.V_SLOW, L.PREV_NORM, L.OUTLIERS, L.WARNINGS, L.COOLDOWN,
+    *range(L.FAST_HISTORY, L.FAST_HISTORY + L.FAST_HISTORY_LEN),
+    *range(L.META_HISTORY, L.META_HISTORY + L.META_HISTORY_LEN),
+)  # fmt: skip
 
 
-def pack(optimizer: "CruxyOptimizer") -> dict[str, Any]:
-    """The optimizer's state_dict. Tensors of the state are shared with the optimizer, as in torch."""
-    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
-        pre_hook(optimizer)
-    index = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in optimizer.param_groups))}
-    groups = []
-    for group in optimizer.param_groups:
-        packed = {k: v for k, v in group.items() if k != "params"}
-        packed["control"] = packed["control"].clone()
-        packed["params"] = [index[p] for p in group["params"]]
-        groups.append(packed)
-    state: dict[Any, Any] = {}
-    for p, value in optimizer.state.items():
-        if p in index and "step" in value:
-            state[index[p]] = {**value, "step": value["step"].clone()}
-        else:
-            state[index.get(p, p)] = value
-    state_dict: dict[str, Any] = {"state": state, "param_groups": groups}
-    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
-        result = post_hook(optimizer, state_dict)
-        if result is not None:
-            state_dict = result
-    return state_dict
+def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    """The state_dict of these groups and states. Moments are shared with the optimizer, as in torch.
+
+    A state whose tensor is in no group (any more) is left out.
+    """
+    index = {p: place for place, p in enumerate(chain.from_iterable(group["params"] for group in param_groups))}
+    packed = [
+        {**group, "control": group["control"].clone(), "params": [index[p] for p in group["params"]]}
+        for group in param_groups
+    ]
+    states = {
+        index.get(key, key): {**value, "step": value["step"].clone()} if "step" in value else value
+        for key, value in state.items()
+        if key in index or not isinstance(key, Tensor)
+    }
+    return {"state": states, "param_groups": packed}
 
 
-def unpack(optimizer: "CruxyOptimizer", state_dict: dict[str, Any]) -> None:
-    """Load a state_dict of ours, of torch's Adam or AdamW, or of lion-pytorch; it is not changed.
+@dataclass
+class Checkpoint:
+    """What `read` found, in the form that the optimizer keeps; nothing is shared with what was read.
+
+    controls: the main row of each group, None where its statistics start afresh.
+    ages: of each group's tensors that have a state, the steps that it has seen.
+    """
+
+    state: defaultdict[Any, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    groups: list[Group] = field(default_factory=list)
+    controls: list[Tensor | None] = field(default_factory=list)
+    ages: list[dict[Tensor, float]] = field(default_factory=list)
+
+
+def read(
+    state_dict: Mapping[str, Any],
+    param_groups: Sequence[Group],
+    *,
+    mode: str,
+    state_bits: int,
+    defaults: Mapping[str, Any],
+) -> Checkpoint:
+    """Check a state_dict of ours, of torch's Adam or AdamW, or of lion-pytorch against an optimizer's groups.
 
     A run of the same mode and rule continues bit for bit. Otherwise:
 
     - stability_v2 and meta3 share their statistics; between them and stability_v1, or from another
       optimizer, the statistics start afresh (with a warning) while moments and ages are kept;
-    - a checkpoint of the other rule gives only its momentum (AdamW to Lion; the settings stay the
-      optimizer's own); from Lion to AdamW there is no second moment to take over, so it is refused;
-    - momentum is converted where `state_bits` differs.
+    - a checkpoint of another rule gives the state that both have (the momentum, from AdamW to Lion; the settings
+      stay the optimizer's own); where the optimizer's rule needs more than that, it is refused;
+    - state is converted where `state_bits` differs.
 
     Raises:
-        ValueError: the checkpoint has other parameters, or a state that this optimizer cannot use. The
-            optimizer is unchanged then.
+        ValueError: the checkpoint has other parameters, settings out of range, or a state that cannot be used:
+            shapes, dtypes, values that are not finite, negative second moments. The message says which.
     """
-    state_dict = state_dict.copy()
-    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        result = pre_hook(optimizer, state_dict)
-        if result is not None:
-            state_dict = result
-
-    groups, saved_groups = optimizer.param_groups, deepcopy(state_dict["param_groups"])
-    if len(groups) != len(saved_groups):
+    states, saved_groups = state_dict.get("state"), deepcopy(state_dict.get("param_groups"))
+    if not (isinstance(states, Mapping) and isinstance(saved_groups, list)):
+        raise ValueError(f"expected a state_dict with 'state' and 'param_groups', got one with {_names(state_dict)}")
+    if len(param_groups) != len(saved_groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups ({len(saved_groups)}) than the "
-            f"optimizer ({len(groups)}); build the optimizer with the groups of the run that saved it"
+            f"optimizer ({len(param_groups)}); build the optimizer with the groups of the run that saved it"
         )
-    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+    for i, (group, saved) in enumerate(zip(param_groups, saved_groups, strict=True)):
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's "
                 f"group: group {i} has {len(saved['params'])} parameters there and {len(group['params'])} here"
             )
-
-    state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-    ages: dict[Tensor, float] = {}
+    found = Checkpoint()
     known: set[Any] = set()
-    new_groups, rows = [], []
-    for group, saved in zip(groups, saved_groups, strict=True):
-        held = [state_dict["state"][key] for key in saved["params"] if state_dict["state"].get(key)]
-        ours, same_rule = "control" in saved, _check_rule(group, held)
-        for key, p in zip(saved["params"], group["params"], strict=True):
-            known.add(key)
-            value = state_dict["state"].get(key)
-            if not value:
-                continue
-            if "step" in value:
-                ages[p] = float(value["step"])
-            state[p] = _tensors(value, p, group["use_lion"], optimizer.state_bits)
-        rows.append(_control_row(optimizer, saved))
-        if ours and same_rule:
-            merged = {**optimizer.defaults, **saved, "use_lion": group["use_lion"]}
-        elif same_rule:
-            merged = {**group, **{k: saved[k] for k in _FOREIGN_SETTINGS if k in saved}}
-        else:
-            merged = dict(group)
-        merged["params"] = group["params"]
-        names = saved.get("param_names", group.get("param_names"))
-        if names is not None:
-            merged["param_names"] = names
-        new_groups.append(merged)
-    for key, value in state_dict["state"].items():
+    for i, (group, saved) in enumerate(zip(param_groups, saved_groups, strict=True)):
+        known.update(saved["params"])
+        held = {p: states[key] for key, p in zip(saved["params"], group["params"], strict=True) if states.get(key)}
+        where = [f"group {i}, parameter {key}" for key in saved["params"] if states.get(key)]
+        same_rule = _check_rule(group, list(held.values()))
+        found.ages.append({})
+        for place, (p, value) in zip(where, held.items(), strict=True):
+            found.ages[-1][p] = _age(value, place)
+            found.state[p] = _state(value, p, rule_of(group), state_bits, place)
+        control, saved_mode = saved.pop("control", None), saved.pop("mode", None)
+        found.controls.append(_control(control, saved_mode, mode, f"group {i}"))
+        found.groups.append(_settings(group, saved, defaults, ours=control is not None, same_rule=same_rule))
+        try:
+            groups.check(found.groups[-1], state_bits)
+        except ValueError as error:
+            raise ValueError(f"group {i} of the checkpoint cannot be used: {error}") from None
+    for key, value in states.items():
         if key not in known:  # as torch does: state of no parameter is kept as it is
-            state[key] = value
-
-    optimizer._control = optimizer._control.new_zeros((0, L.NUM_SLOTS))
-    optimizer._row_group, optimizer._row_born, optimizer._param_row = [], [], {}
-    optimizer.__setstate__({"state": state, "param_groups": new_groups})  # the rows follow, group by group
-    for i, row in enumerate(rows):
-        _restore_rows(optimizer, i, row, ages)
-    first = optimizer._control[0]
-    optimizer._calls = optimizer._log_start = int(first[L.STEP] + first[L.SKIPPED])
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+            found.state[key] = value
+    return found
 
 
-def _check_rule(group: dict[str, Any], held: list[dict[str, Any]]) -> bool:
-    """Whether a saved group's states are of the group's own rule; refuses states that cannot be used."""
-    keys = set().union(*held)
-    unknown = keys - _STATE_KEYS
-    if unknown or (held and "exp_avg" not in keys):
-        raise ValueError(
-            f"the checkpoint's state holds {', '.join(sorted(map(str, keys)))}; expected exp_avg, with exp_avg_sq "
-            "for the AdamW rule: states of Adam, AdamW (without amsgrad), Lion and CruxyOptimizer can be loaded"
-        )
-    if held and not group["use_lion"] and "exp_avg_sq" not in keys:
-        raise ValueError(
-            "the checkpoint is of the Lion rule and has no second moment (exp_avg_sq), which AdamW needs; "
-            "build the optimizer with use_lion=True, or start it without this checkpoint"
-        )
-    return not held or ("exp_avg_sq" not in keys) == group["use_lion"]
+def _names(values: Any) -> str:
+    return ", ".join(sorted(map(str, values))) or "nothing"
 
 
-def _tensors(value: dict[str, Any], param: Tensor, lion: bool, state_bits: int) -> dict[str, Any]:
-    """A parameter's state in the form that the optimizer keeps, on the parameter's device."""
-    kept = {k: _copied(v, param) for k, v in value.items() if k != "step" and not (lion and k == "exp_avg_sq")}
-    exp_avg = kept["exp_avg"]
-    if exp_avg.shape != param.shape:
-        raise ValueError(
-            f"the checkpoint has a state of shape {tuple(exp_avg.shape)} for a parameter of shape "
-            f"{tuple(param.shape)}; it belongs to another model"
-        )
-    coded = exp_avg.dtype == torch.int8
-    if coded and "exp_avg_scale" not in kept:
-        raise ValueError("the checkpoint has int8 momentum without exp_avg_scale; it is incomplete")
-    if coded == (state_bits == 8):
-        if not coded:
-            wanted = torch.float64 if param.dtype == torch.float64 else torch.float32
-            kept = {k: v.to(wanted) if v.is_floating_point() else v for k, v in kept.items()}
-        return kept
-    if distributed.is_sharded(param):
-        raise ValueError("state_bits of the checkpoint and the optimizer differ, which sharded states do not allow")
-    if coded:
-        kept["exp_avg"] = dequantize_blockwise(exp_avg, kept.pop("exp_avg_scale")).to(
-            torch.float64 if param.dtype == torch.float64 else torch.float32
-        )
+def _settings(group: Group, saved: Group, defaults: Mapping[str, Any], *, ours: bool, same_rule: bool) -> Group:
+    """The settings that a group has after loading: the checkpoint's, where they are of its rule."""
+    if ours and same_rule:
+        merged = {**defaults, **saved, "use_lion": group["use_lion"]}
+    elif same_rule:
+        merged = {**group, **{name: saved[name] for name in FOREIGN_SETTINGS if name in saved}}
     else:
-        kept["exp_avg"], kept["exp_avg_scale"] = quantize_blockwise(exp_avg)
+        merged = dict(group)
+    merged["params"] = group["params"]
+    names = saved.get("param_names", group.get("param_names"))
+    return merged if names is None else {**merged, "param_names": names}
+
+
+def _check_rule(group: Group, held: list[Any]) -> bool:
+    """Whether a saved group's states are of the group's own rule; refuses states that cannot be used."""
+    if not held:
+        return True
+    for value in held:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the checkpoint's state holds a {type(value).__name__}; expected names and tensors")
+    keys = set().union(*held)
+    moments = {name for rule in RULES.values() for name in rule.state}
+    unknown = keys - moments - {scale_name(name) for name in moments} - {"step"}
+    if unknown or "exp_avg" not in keys:
+        raise ValueError(
+            f"the checkpoint's state holds {_names(keys)}; expected exp_avg, with exp_avg_sq for the AdamW rule: "
+            "states of Adam, AdamW (without amsgrad), Lion and CruxyOptimizer can be loaded"
+        )
+    wanted = set(RULES[rule_of(group)].state)
+    if wanted - keys:
+        raise ValueError(
+            f"the checkpoint is of another rule and has no second moment ({_names(wanted - keys)}), which "
+            f"{rule_of(group)} needs; build the optimizer with use_lion=True, or start it without this checkpoint"
+        )
+    return keys & moments == wanted
+
+
+def _age(value: Mapping[str, Any], place: str) -> float:
+    """Steps that a state has seen; 0 where it does not say (Lion's may not, and Lion has no bias correction)."""
+    step = value.get("step", 0.0)
+    if isinstance(step, Tensor):
+        step = step.item() if step.numel() == 1 else math.nan
+    if not (isinstance(step, (int, float)) and 0 <= step < math.inf):
+        raise ValueError(f"{place} of the checkpoint: step is {value['step']!r}; expected a number of at least 0")
+    return float(step)
+
+
+def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, place: str) -> dict[str, Any]:
+    """A parameter's state in the form that the optimizer keeps, on the parameter's device."""
+    kept: dict[str, Any] = {}
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    for name in RULES[rule].state:
+        given, scale = _tensor(value, name, place), value.get(scale_name(name))
+        if given.shape != param.shape or distributed.is_sharded(given) != distributed.is_sharded(param):
+            raise ValueError(
+                f"{place} of the checkpoint: {name} has shape {tuple(given.shape)} for a parameter of shape "
+                f"{tuple(param.shape)}; it belongs to another model"
+            )
+        coded = codec_of(given)
+        if coded.block:
+            values, scale = given, _scale(value, name, param, coded, place)
+        elif given.is_floating_point():
+            if scale is not None:
+                raise ValueError(
+                    f"{place} of the checkpoint: {name} is {given.dtype} beside {scale_name(name)}; "
+                    "only codes have scales"
+                )
+            values = _finite(given, name, place)
+        else:
+            raise ValueError(f"{place} of the checkpoint: {name} is {given.dtype}; expected floating point or codes")
+        if name.endswith("_sq") and bool((distributed.local(values) < 0).any()):
+            raise ValueError(f"{place} of the checkpoint: {name} has negative values; it is a mean of squares")
+        values = values.to(param.device).clone()
+        if coded.bits == state_bits:
+            kept[name] = values.to(wide) if scale is None else values
+            if scale is not None:
+                kept[scale_name(name)] = scale.to(param.device).clone()
+        elif distributed.is_sharded(param):
+            raise ValueError("state_bits of the checkpoint and the optimizer differ, which sharded states do not allow")
+        else:
+            if scale is not None:
+                values = dequantize_blockwise(values, scale.to(param.device))
+            if CODECS[state_bits].block:
+                kept[name], kept[scale_name(name)] = quantize_blockwise(values, bits=state_bits)
+            else:
+                kept[name] = values.to(wide)
     return kept
 
 
-def _control_row(optimizer: "CruxyOptimizer", saved: dict[str, Any]) -> Tensor | None:
-    """The saved group's control row, taken out of it; None where the statistics have to start afresh."""
-    row, mode = saved.pop("control", None), saved.pop("mode", None)
+def _tensor(value: Mapping[str, Any], name: str, place: str) -> Tensor:
+    tensor = value.get(name)
+    if not isinstance(tensor, Tensor):
+        what = "missing" if tensor is None else f"a {type(tensor).__name__}"
+        raise ValueError(f"{place} of the checkpoint: {name} is {what}; expected a tensor")
+    return tensor.detach()
+
+
+def _finite(tensor: Tensor, name: str, place: str) -> Tensor:
+    if not bool(distributed.local(tensor).isfinite().all()):
+        raise ValueError(f"{place} of the checkpoint: {name} has values that are not finite")
+    return tensor
+
+
+def _scale(value: Mapping[str, Any], name: str, param: Tensor, codec: Codec, place: str) -> Tensor:
+    """The scales of a coded state buffer, checked."""
+    if value.get(scale_name(name)) is None:
+        raise ValueError(
+            f"{place} of the checkpoint: {name} is {codec.dtype} without {scale_name(name)}; it is incomplete"
+        )
+    scale, wanted = _tensor(value, scale_name(name), place), distributed.scales_like(param, codec)
+    if scale.dtype != wanted.dtype or scale.shape != wanted.shape:
+        raise ValueError(
+            f"{place} of the checkpoint: {scale_name(name)} is {scale.dtype} {tuple(scale.shape)}; expected "
+            f"{wanted.dtype} {tuple(wanted.shape)}"
+        )
+    if bool((distributed.local(_finite(scale, scale_name(name), place)) < 0).any()):
+        raise ValueError(f"{place} of the checkpoint: {scale_name(name)} has negative values")
+    return scale
+
+
+def _control(row: Any, saved_mode: Any, mode: str, place: str) -> Tensor | None:
+    """A saved group's control row; None where the statistics have to start afresh."""
     if row is None:
         return None
-    if row.shape != (L.NUM_SLOTS,):
+    if not isinstance(row, Tensor) or row.shape != (L.NUM_SLOTS,) or row.dtype != torch.float32:
+        got = f"{row.dtype} {tuple(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
         raise ValueError(
-            f"the checkpoint's control state has shape {tuple(row.shape)} and this version's ({L.NUM_SLOTS},); "
-            "load it with the version that saved it"
+            f"{place} of the checkpoint: its control state is {got}, and this version's torch.float32 "
+            f"({L.NUM_SLOTS},); load it with the version that saved it"
         )
-    if (mode == "stability_v1") != (optimizer.mode == "stability_v1"):
-        warnings.warn(
-            f"the checkpoint is of mode {mode!r}, whose statistics mean nothing to {optimizer.mode!r}: the moments "
-            "are taken over, the statistics start afresh",
-            stacklevel=4,
+    row = row.detach().cpu().clone()
+    state = row[L.NUM_INPUTS : L.OUTPUTS]
+    if not bool(state.isfinite().all()):
+        raise ValueError(f"{place} of the checkpoint: its control state has values that are not finite")
+    if bool((row[list(NON_NEGATIVE)] < 0).any()) or row[L.LR_SCALE] <= 0 or not 0 <= row[L.META_BETA2] < 1:
+        raise ValueError(
+            f"{place} of the checkpoint: its control state is out of range (lr_scale {row[L.LR_SCALE]:g}, beta2 "
+            f"{row[L.META_BETA2]:g}, step {row[L.STEP]:g}); it is damaged"
+        )
+    if saved_mode not in L.LAWS:
+        raise ValueError(f"{place} of the checkpoint: its mode is {saved_mode!r}; expected one of {', '.join(L.LAWS)}")
+    if (saved_mode == "stability_v1") != (mode == "stability_v1"):
+        warn(
+            f"the checkpoint is of mode {saved_mode!r}, whose statistics mean nothing to {mode!r}: the moments "
+            "are taken over, the statistics start afresh"
         )
         return None
     return row
-
-
-def _restore_rows(
-    optimizer: "CruxyOptimizer", group_index: int, saved: Tensor | None, ages: dict[Tensor, float]
-) -> None:
-    """The control rows of one group: its own, and one more for each other age among its tensors."""
-    main = optimizer._add_row(group_index, None)
-    if saved is not None:
-        optimizer._control[main] = saved.to(optimizer._control.device, torch.float32)
-    own_age = float(optimizer._control[main, L.AGE])
-    tensors = [p for p in optimizer.param_groups[group_index]["params"] if p in optimizer.state]
-    row_of_age: dict[float, int] = {}
-    for p in tensors:
-        age = ages.get(p, 0.0)  # Lion's states may have none, and Lion has no bias correction
-        if age not in row_of_age:
-            if age == own_age or (saved is None and not row_of_age):
-                row = main
-            else:
-                row = optimizer._add_row(group_index, optimizer._control[main])
-                optimizer._control[row, L.META_BETA2] = optimizer._control[main, L.META_BETA2]
-            optimizer._control[row, L.AGE] = age
-            optimizer._row_born[row] = -1  # before any call of this run
-            row_of_age[age] = row
-        optimizer._param_row[p] = row_of_age[age]
-    optimizer._control_moved()
-
-
-def _copied(value: Any, param: Tensor) -> Any:
-    """A copy on the parameter's device in its own dtype: torch would cast it to the parameter's."""
-    return value.detach().to(param.device).clone() if isinstance(value, Tensor) else deepcopy(value)

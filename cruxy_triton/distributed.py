@@ -1,8 +1,8 @@
 """Statistics that agree on every rank: DTensor parameters (FSDP2, tensor parallel) and losses that differ.
 
 Under DDP every rank holds the same gradients, so only the loss has to be averaged. Under FSDP2 a rank holds
-shards: its four telemetry numbers are gathered from the ranks of the mesh and combined in rank order, which
-gives every rank the same bits. Without torch.distributed nothing here costs anything.
+shards: its four telemetry numbers are gathered from the ranks of the mesh in rank order, and `control_step` adds
+them in that order, which gives every rank the same bits. Without torch.distributed nothing here costs anything.
 """
 
 from typing import Any
@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_kernels import CODECS
-from cruxy_kernels.laws.telemetry import combine
+from cruxy_kernels.codec import Codec, codec_of
 
 
 def active() -> bool:
@@ -27,6 +26,16 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds; the tensor itself where it is not a DTensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def local_state(state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """This rank's part of a state; of the scales, as many as its part of the parameter needs."""
+    kept = {name: local(tensor) for name, tensor in state.items()}
+    for name in kept:
+        if name.endswith("_scale"):
+            codes = kept[name.removesuffix("_scale")]
+            kept[name] = kept[name][: codec_of(codes).scale_count(local(param).numel())]
+    return kept
 
 
 def local_grad(param: Any, grad: Any) -> Tensor:
@@ -47,10 +56,11 @@ def statistics_key(param: Any) -> Any:
 
 
 def over_mesh(telemetry: Tensor, key: Any) -> Tensor:
-    """Combine the ranks' telemetry over the mesh dimensions that shard the parameters of `key`."""
+    """The telemetry of every rank whose shards make up the parameters of `key`, (ranks, 4); all get the same."""
     mesh, dimensions = key
+    telemetry = telemetry[None]
     for dimension in dimensions:
-        telemetry = combine(_gathered(telemetry, mesh.get_group(dimension)))
+        telemetry = _gathered(telemetry, mesh.get_group(dimension))
     return telemetry
 
 
@@ -65,18 +75,19 @@ def mean_loss(loss: Tensor, group: Any) -> Tensor:
 
 
 def _gathered(value: Tensor, group: Any) -> Tensor:
-    out = value.new_empty((dist.get_world_size(group), value.numel()))
-    dist.all_gather_into_tensor(out.view(-1), value.contiguous(), group=group)
-    return out
+    """The values of all ranks of `group` one below the other, in the order of the ranks."""
+    out = value.new_empty((dist.get_world_size(group), *value.shape))
+    dist.all_gather(list(out.unbind(0)), value.contiguous(), group=group)
+    return out.flatten(0, 1)
 
 
-def scales_like(param: Any) -> Tensor:
-    """Zero scales of the 8-bit momentum for a parameter; a DTensor where the parameter is one.
+def scales_like(param: Any, codec: Codec) -> Tensor:
+    """Zero scales of a coded state buffer for a parameter; a DTensor where the parameter is one.
 
     Every rank keeps as many as the rank with the largest shard needs, so that the whole is evenly sharded.
     """
     if not is_sharded(param):
-        return torch.zeros(CODECS[8].scale_count(param.numel()), dtype=torch.bfloat16, device=param.device)
+        return torch.zeros(codec.scale_count(param.numel()), dtype=codec.scale_dtype, device=param.device)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     shape = list(param.shape)
@@ -87,6 +98,6 @@ def scales_like(param: Any) -> Tensor:
             placements.append(Shard(0))
         else:
             placements.append(Replicate())
-    count = CODECS[8].scale_count(torch.Size(shape).numel())
-    scales = torch.zeros(count, dtype=torch.bfloat16, device=param.to_local().device)
+    count = codec.scale_count(torch.Size(shape).numel())
+    scales = torch.zeros(count, dtype=codec.scale_dtype, device=param.to_local().device)
     return DTensor.from_local(scales, param.device_mesh, placements, run_check=False)

@@ -1,14 +1,14 @@
-"""`cruxy-triton doctor`: versions, devices, the backend and why, known problems and what to do about each."""
+"""What this machine has: versions, devices, the backend and why, known problems and what to do about each."""
 
-import argparse
-import json
 import os
 import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+LOW_DISK = 8 << 30  # bytes; a model of 3 billion parameters in 16 bits takes 6 GiB
 
 @dataclass
 class Problem:
@@ -19,28 +19,19 @@ class Problem:
     remedy: str
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-
-
-def run(args: argparse.Namespace) -> int:
-    findings = examine()
-    print(json.dumps(findings, indent=2) if args.json else render(findings))
-    return 1 if any(p["severity"] == "error" for p in findings["problems"]) else 0
-
-
 def examine() -> dict[str, Any]:
     """All findings as plain data: versions, system, devices, backend and problems."""
     import torch
 
-    from cruxy_triton.finetune.run import versions
+    import cruxy_kernels
+    from cruxy_triton.environment import versions
 
     problems: list[Problem] = []
     devices = _devices(problems)
     _check_torch_build(problems)
     _check_triton(devices, problems)
-    _check_bitsandbytes(devices, problems)
+    _check_packages(problems)
+    folders = _folders(problems)
     if sys.platform == "win32" and devices:
         problems.append(
             Problem(
@@ -51,8 +42,6 @@ def examine() -> dict[str, Any]:
                 "Fallback Policy' to 'Prefer No Sysmem Fallback' in the NVIDIA control panel",
             )
         )
-    import cruxy_kernels
-
     main_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, reason = cruxy_kernels.explain_backend(main_device)
     return {
@@ -65,6 +54,7 @@ def examine() -> dict[str, Any]:
         },
         "torch": {"cuda_build": torch.version.cuda, "threads": torch.get_num_threads()},
         "devices": devices,
+        "folders": folders,
         "backend": {"device": str(main_device), "name": backend, "reason": reason},
         "problems": [asdict(p) for p in problems],
     }
@@ -181,13 +171,43 @@ def _check_triton(devices: list[dict[str, Any]], problems: list[Problem]) -> Non
         )
 
 
-def _check_bitsandbytes(devices: list[dict[str, Any]], problems: list[Problem]) -> None:
+def _check_packages(problems: list[Problem]) -> None:
+    from cruxy_triton.environment import missing_train_packages
+
+    if missing := missing_train_packages():
+        problems.append(
+            Problem(
+                "note",
+                f"`cruxy-triton finetune` cannot run: {', '.join(missing)} not installed",
+                "pip install 'cruxy-triton[train]'",
+            )
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         problems.append(
             Problem("note", f"bitsandbytes cannot be imported ({error}): no --load-in-4bit", "pip install bitsandbytes")
         )
+
+
+def _folders(problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """Where a run writes and models are kept: path, free bytes and whether it can be written."""
+    from cruxy_kernels.backends.native import cache_folder
+
+    hugging_face = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
+    found = {}
+    for name, path, variable in (
+        ("here", Path.cwd(), "--output"),
+        ("cache", cache_folder(), "CRUXY_CACHE"),
+        ("models", Path(hugging_face).expanduser(), "HF_HOME"),
+    ):
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free, writable = shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
+        found[name] = {"path": str(path), "free_bytes": free, "writable": writable}
+        if not writable or free < LOW_DISK:
+            state = f"has {free / 2**30:.1f} GiB free" if writable else "cannot be written"
+            problems.append(Problem("note", f"{path} ({name}) {state}", f"choose another place with {variable}"))
+    return found
 
 
 def render(findings: dict[str, Any]) -> str:
@@ -210,6 +230,11 @@ def render(findings: dict[str, Any]) -> str:
         f"{d['free_bytes'] / 2**30:.2f} of {d['total_bytes'] / 2**30:.2f} GiB free, trains in {d['training_dtype']}"
         for i, d in enumerate(findings["devices"])
     ] or ["  cpu only: trains in float32"]
+    lines += ["", "folders"]
+    lines += [
+        f"  {name:<8}{folder['path']}: {folder['free_bytes'] / 2**30:.1f} GiB free"
+        for name, folder in findings["folders"].items()
+    ]
     lines += ["", f"backend for {backend['device']}: {backend['name']}, because {backend['reason']}", ""]
     if not findings["problems"]:
         lines.append("no known problems")

@@ -3,8 +3,6 @@
 Runs on a CUDA device (Triton), else on the CPU. `python examples/kernels_on_their_own.py`
 """
 
-import math
-
 import torch
 
 import cruxy_kernels as kernels
@@ -20,12 +18,7 @@ x = torch.randn(512, 32, device=device)
 y = x[:, :4].sum(dim=1, keepdim=True).sin()
 
 # One row of control values: what the user sets, and where the law starts.
-control = torch.zeros((1, layout.NUM_SLOTS), device=device)
-settings = {"LR": 2e-3, "WEIGHT_DECAY": 0.01, "BETA1": 0.9, "BETA2": 0.99, "EPS": 1e-8, "GAMMA": 1.5,
-            "META_INTERVAL": 10, "SCALE_MIN": 0.1, "SCALE_MAX": 4.0, "LR_MIN": -math.inf, "LR_MAX": math.inf,
-            "GUARD": 1, "LR_SCALE": 1, "META_BETA2": 0.99}  # fmt: skip
-for name, value in settings.items():
-    control[:, getattr(layout, name)] = value
+control = kernels.new_control(lr=2e-3, betas=(0.9, 0.99), device=device)
 
 params = list(model.parameters())
 # Momentum in 8 bits: int8 codes of the parameters' shapes, and a bfloat16 scale for every 64 values.

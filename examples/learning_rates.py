@@ -44,6 +44,7 @@ def main() -> int:
                         output=folder,
                         optimizer=optimizer,
                         lr=rate,
+                        lora_r=demo.LORA_R,
                         seed=seed,
                         lr_schedule=args.schedule,
                         max_steps=args.steps,

@@ -23,7 +23,6 @@ CHAT_TEMPLATE = (
 )
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
@@ -83,14 +82,14 @@ def make_model(architecture: str, folder: Path, *, chat: bool = False, **overrid
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """small_model(architecture, chat=False) -> folder, made once a session."""
+    """small_model(architecture, chat=False, **config) -> folder, made once per session."""
     made: dict[tuple, Path] = {}
 
-    def get(architecture: str = "llama", *, chat: bool = False) -> Path:
-        key = (architecture, chat)
+    def get(architecture: str = "llama", *, chat: bool = False, **overrides: int) -> Path:
+        key = (architecture, chat, *sorted(overrides.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{architecture}{'-chat' if chat else ''}")
-            made[key] = make_model(architecture, folder, chat=chat)
+            made[key] = make_model(architecture, folder, chat=chat, **overrides)
         return made[key]
 
     return get

@@ -16,6 +16,24 @@ def test_version_and_help(command) -> None:
     assert all(name in done.stdout for name in cli.COMMANDS)
 
 
+def test_nothing_and_nonsense(capsys) -> None:
+    assert cli.main([]) == 2
+    out, error = capsys.readouterr()
+    assert all(name in out for name in cli.COMMANDS)
+    assert "which command?" in error
+    for words, said in [
+        (["fintune"], "'fintune'; expected one of plan, finetune, kernels, bench, doctor; did you mean finetune?"),
+        (["doctor", "--jsn"], "unrecognized arguments: --jsn; did you mean --json?"),
+        (["kernels", "--processes", "two"], "invalid int value: 'two'"),
+        (["bench"], "KIND"),
+        (["bench", "stp"], "invalid choice: 'stp'"),
+    ]:
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_command_has_help_without_importing_torch(name: str) -> None:
     code = (

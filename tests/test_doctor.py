@@ -1,6 +1,9 @@
 """`cruxy-triton doctor`: what it finds here, and what it says about machines that are not here."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +89,61 @@ def test_a_missing_bitsandbytes_is_a_note(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     problems: list[doctor.Problem] = []
-    doctor._check_bitsandbytes([], problems)
+    doctor._check_packages(problems)
     assert problems[0].severity == "note"
     assert "--load-in-4bit" in problems[0].what
+
+
+NAKED = """
+import importlib.abc, sys
+from cruxy_triton import environment
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {*environment.TRAIN_EXTRA, "psutil", "bitsandbytes", "huggingface_hub"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+environment.importlib.util.find_spec = lambda name: None
+from cruxy_triton.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["finetune", "m", "--data", "d.jsonl"], ["finetune", "--help"]])
+def test_without_the_train_extra(words: list[str], tmp_path: Path) -> None:
+    """The packages of the extra, and what they bring along, cannot be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", NAKED, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    if words == ["doctor"]:
+        assert done.returncode == 0, done.stderr
+        assert "`cruxy-triton finetune` cannot run: transformers, trl, " in done.stdout
+        assert "pip install 'cruxy-triton[train]'" in done.stdout
+    elif words == ["finetune", "--help"]:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 2
+        assert "not installed (transformers, trl, " in done.stderr
+        assert "pip install 'cruxy-triton[train]'" in done.stderr
+
+
+def test_folders_that_are_full_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CRUXY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    problems: list[doctor.Problem] = []
+    found = doctor._folders(problems)
+    assert problems == []
+    assert found["models"] == {"path": str(tmp_path / "hf" / "hub"), "free_bytes": 2**40, "writable": True}
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    # Not by chmod: the administrator, as whom tests run in containers, may write everywhere.
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    doctor._folders(problems)
+    assert [(p.what.partition(" (")[2], p.remedy.rpartition(" ")[2]) for p in problems] == [
+        ("here) cannot be written", "--output"),
+        ("cache) cannot be written", "CRUXY_CACHE"),
+        ("models) cannot be written", "HF_HOME"),
+    ]

@@ -6,18 +6,28 @@ After reading there are two forms:
                                                     messages where the tokenizer has a chat template
 A conversation becomes one completion record for each assistant turn, with what came before as its prompt:
 that trains every answer with any chat template, also those that cannot mark the assistant's tokens.
+
+Then each record becomes token ids, once: what is too long, what the chat template refuses and what is lost is
+known before the model is loaded.
 """
 
+import csv
+import gzip
 import hashlib
+import itertools
 import json
 import math
 import random
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import statistics
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cruxy_triton import files
+from cruxy_triton.environment import expect_no_hub_in_vain
 from cruxy_triton.errors import UserError
 
 # Accepted field sets, in the order in which they are looked for. The prompt fields come first, the
@@ -35,37 +45,120 @@ ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ inp
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 
 TEXT_SUFFIXES = {".txt", ".md", ".text", ".rst"}
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", *TEXT_SUFFIXES)
 TEXT_CHUNK_CHARACTERS = 8192
+
+# Roles of messages; a conversation in which nobody is the assistant and somebody has another role is misnamed.
+ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+
+LOUD = 0.1  # from this part of the data on, what is lost is a warning instead of a note
+
+
+class Record(dict[str, Any]):
+    """One record, and the `place` (file and line) that it comes from."""
+
+    place: str
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`count` of `total` things in the data are not trained on as they stand; `what` says which and how."""
+
+    count: int
+    total: int
+    what: str
+
+    def __str__(self) -> str:
+        loud = self.count >= LOUD * self.total
+        return f"{'warning' if loud else 'note'}: {self.count:,} of {self.total:,} {self.what}"
 
 
 @dataclass
 class Data:
-    """Records for training and for the held-out evaluation, and what was found on the way."""
+    """Records for training and for the held-out evaluation, and what was lost on the way to them."""
 
     form: str
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
+    train: list[Record]
+    held_out: list[Record]
     skipped_empty: int
     fingerprint: str
+    losses: list[Loss] = field(default_factory=list)
 
     @property
     def packed(self) -> bool:
         return self.form == "text"
 
-    def longest(self, tokenizer: Any) -> int:
-        """Tokens of the longest training record, rounded up to a multiple of 64; a text has no limit of its own."""
-        if self.packed:
-            return sys.maxsize
-        whole = [_whole(record, tokenizer) for record in self.train]
-        lengths = (len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"])
-        return math.ceil((max(lengths) + 2) / 64) * 64  # 2: what the tokenizer may add at both ends
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of one record; the first `prompt` of them are not trained on."""
+
+    ids: list[int]
+    prompt: int
 
 
-def _whole(record: dict[str, Any], tokenizer: Any) -> str:
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, str):
-        return prompt + completion
-    return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+def tokenize(records: list[Record], tokenizer: Any) -> list[Tokens]:
+    """The ids that TRL's SFTTrainer would make of `records`; raises UserError with the place of one that has none."""
+    if "text" in records[0]:
+        texts = [_ended(record["text"], tokenizer) for record in records]
+        return [Tokens(ids, 0) for ids in tokenizer(texts)["input_ids"]]
+    if isinstance(records[0]["prompt"], str):
+        prompts = tokenizer([record["prompt"] for record in records])["input_ids"]
+        wholes = tokenizer([r["prompt"] + _ended(r["completion"], tokenizer) for r in records])["input_ids"]
+    else:
+        prompts, wholes = [], []
+        for record in records:
+            try:
+                prompts.append(_chat_ids(tokenizer, record["prompt"], add_generation_prompt=True))
+                wholes.append(_chat_ids(tokenizer, record["prompt"] + record["completion"]))
+            except Exception as error:  # whatever a template's own code raises
+                roles = ", ".join(m["role"] for m in record["prompt"] + record["completion"])
+                raise UserError(
+                    f"{record.place}: the model's chat template refuses this conversation (roles {roles}): {error}"
+                ) from error
+    return [Tokens(whole, _shared(prompt, whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
+
+
+def _ended(text: str, tokenizer: Any) -> str:
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _chat_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def _shared(prompt: list[int], whole: list[int]) -> int:
+    """How many ids the two have in common at the start: a tokenizer may merge the prompt's end with what follows."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    return sum(1 for _ in same)
+
+
+def longest(sequences: list[Tokens]) -> int:
+    """Length of the longest sequence, rounded up to a multiple of 64."""
+    return math.ceil(max(len(s.ids) for s in sequences) / 64) * 64
+
+
+def fit(sequences: list[Tokens], length: int) -> tuple[list[dict[str, list[int]]], int]:
+    """Rows (input_ids, labels) of at most `length` tokens, and how many were cut for that.
+
+    A sequence whose prompt fills the length alone has nothing to learn from and gets no row.
+    """
+    kept = [s for s in sequences if s.prompt < min(length, len(s.ids))]
+    rows = [
+        {"input_ids": s.ids[:length], "labels": ([-100] * s.prompt + s.ids[s.prompt :])[:length]} for s in kept
+    ]
+    return rows, sum(len(s.ids) > length for s in kept)
+
+
+def token_statistics(rows: list[dict[str, list[int]]]) -> dict[str, int]:
+    """Tokens in all, those trained on, and the lengths' median and maximum."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    return {
+        "tokens": sum(lengths),
+        "trained_tokens": sum(label != -100 for row in rows for label in row["labels"]),
+        "median_length": round(statistics.median(lengths)),
+        "longest": max(lengths),
+    }
 
 
 def load(
@@ -86,9 +179,10 @@ def load(
     are taken as they are. A held-out split of a text is its end, of records a random choice by `seed`.
     Raises UserError with the line number where a line cannot be used.
     """
-    form, groups, skipped, digest = _read(source, subset, split, chat)
+    form, groups, skipped, digest, losses = _read(source, subset, split, chat)
     if eval_source is not None:
-        eval_form, held_out, eval_skipped, eval_digest = _read(eval_source, subset, split, chat)
+        eval_form, held_out, eval_skipped, eval_digest, eval_losses = _read(eval_source, subset, split, chat)
+        losses += eval_losses
         if (eval_form == "text") != (form == "text"):
             raise UserError(
                 f"--eval-data {eval_source} holds {eval_form} records and {source} {form} records; "
@@ -112,47 +206,49 @@ def load(
             chosen = set(order[:count])
             train = [group for i, group in enumerate(groups) if i not in chosen]
             held_out = [groups[i] for i in sorted(chosen)]
-    held_out = [record for group in held_out for record in group][:max_eval_samples]
-    return Data(form, [record for group in train for record in group], held_out, skipped, digest)
+    training = [record for group in train for record in group]
+    evaluation = [record for group in held_out for record in group][:max_eval_samples]
+    if skipped:
+        losses.append(Loss(skipped, skipped + len(groups), "records are left out: they have no answer"))
+    known = {json.dumps(record) for record in training}
+    if both := sum(json.dumps(record) in known for record in evaluation):
+        losses.append(Loss(both, len(evaluation), "held-out records are trained on too, so they prove nothing"))
+    return Data(form, training, evaluation, skipped, digest, losses)
 
 
 # The records of one line belong together: turns of a conversation must not be split between training and
 # evaluation.
-Group = list[dict[str, Any]]
+Group = list[Record]
 
 
-def _read(source: str, subset: str | None, split: str, chat: bool) -> tuple[str, list[Group], int, str]:
+def _read(source: str, subset: str | None, split: str, chat: bool) -> tuple[str, list[Group], int, str, list[Loss]]:
     path = Path(source).expanduser()
     if path.is_file():
-        digest = _digest(path)
-        if path.suffix.lower() in TEXT_SUFFIXES:
-            return "text", _text_records(path), 0, digest
-        rows = _json_rows(path)
+        digest = files.digest(path)
+        kind = path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+        if kind in TEXT_SUFFIXES:
+            return "text", _text_records(path), 0, digest, []
+        rows = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(kind, _json_rows)(path)
     else:
         rows, digest = _dataset_rows(source, subset, split)
-    form, groups, skipped = _normalise(rows, source, chat)
+    form, groups, skipped, losses = _normalise(rows, source, chat)
     if not groups:
         raise UserError(f"{source} holds nothing to learn: all {skipped} records have an empty answer")
-    return form, groups, skipped, digest
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
+    return form, groups, skipped, digest, losses
 
 
 def _decode(path: Path) -> str:
+    opened: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); expected JSONL or plain text"
+            f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); expected JSONL, CSV or plain text, as "
+            "it is or in .gz, or .parquet"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _text_records(path: Path) -> list[Group]:
@@ -160,19 +256,57 @@ def _text_records(path: Path) -> list[Group]:
     text = _decode(path)
     if not text.strip():
         raise UserError(f"{path} is empty; expected text to train on")
-    pieces: list[str] = []
-    piece: list[str] = []
-    size = 0
     limit = max(1, min(TEXT_CHUNK_CHARACTERS, len(text) // 40))
+    for longest_line in (TEXT_CHUNK_CHARACTERS, limit):  # the second for a text of one line
+        pieces = [""]
+        for line in _lines(text, longest_line):
+            if len(pieces[-1]) >= limit:
+                pieces.append("")
+            pieces[-1] += line
+        if len(pieces) > 1:
+            break
+    if not pieces[-1].strip():
+        pieces.pop()
+    return [[_record(f"{path}: piece {i}", text=piece)] for i, piece in enumerate(pieces, 1)]
+
+
+def _lines(text: str, longest_line: int) -> Iterator[str]:
+    """The lines of `text` with their ends; one that is too long in several, cut at blanks where there are some."""
     for line in text.splitlines(keepends=True):
-        piece.append(line)
-        size += len(line)
-        if size >= limit:
-            pieces.append("".join(piece))
-            piece, size = [], 0
-    if "".join(piece).strip():
-        pieces.append("".join(piece))
-    return [[{"text": p}] for p in pieces]
+        while len(line) > longest_line:
+            cut = line.rfind(" ", 0, longest_line) + 1 or longest_line
+            yield line[:cut]
+            line = line[cut:]
+        yield line
+
+
+def _record(place: str, **fields: Any) -> Record:
+    record = Record(fields)
+    record.place = place
+    return record
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit((1 << 31) - 1)
+    reader = csv.DictReader(_decode(path).splitlines(keepends=True), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(f"{path}: line {reader.line_num} has more fields than the first line names")
+            yield f"{path}: line {reader.line_num}", row
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num} is not CSV: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as parquet: {str(error).partition(chr(10))[0]}") from None
+    yield from ((f"{path}: record {i}", row) for i, row in enumerate(rows, 1))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -202,8 +336,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(source: str, subset: str | None, split: str) -> tuple[Iterator[tuple[str, Any]], str]:
-    if source.endswith((".json", ".jsonl", *TEXT_SUFFIXES)) or (source.count("/") > 1 and not Path(source).exists()):
-        raise UserError(f"data file {source} does not exist")
+    if not Path(source).expanduser().exists():
+        if source.lower().endswith(FILE_SUFFIXES) or source.count("/") > 1:
+            raise UserError(f"data file {source} does not exist")
+        expect_no_hub_in_vain()
     import datasets
 
     try:
@@ -219,11 +355,12 @@ def _dataset_rows(source: str, subset: str | None, split: str) -> tuple[Iterator
     return rows, dataset._fingerprint
 
 
-def _normalise(rows: Iterator[tuple[str, Any]], source: str, chat: bool) -> tuple[str, list[Group], int]:
+def _normalise(rows: Iterator[tuple[str, Any]], source: str, chat: bool) -> tuple[str, list[Group], int, list[Loss]]:
     form = None
     form_place = ""
     groups: list[Group] = []
     skipped = 0
+    unused: Counter[str] = Counter()
     for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{place} is a JSON {_json_type(row)}; expected an object with fields ({ACCEPTED})")
@@ -233,13 +370,29 @@ def _normalise(rows: Iterator[tuple[str, Any]], source: str, chat: bool) -> tupl
         elif found != form:
             raise UserError(f"{place} holds a {found} record, but {form_place} a {form} record; use one form a file")
         group = _convert(found, row, fields, place, chat)
+        unused.update(_unused(found, row, fields))
         if group:
             groups.append(group)
         else:
             skipped += 1
     if form is None:
         raise UserError(f"{source} is empty; expected records with fields {ACCEPTED}")
-    return ("text" if form == "text" else "completion"), groups, skipped
+    total = len(groups) + skipped
+    losses = [Loss(count, total, f"records have a field {name!r}, which is not used") for name, count in unused.items()]
+    return ("text" if form == "text" else "completion"), groups, skipped, losses
+
+
+def _unused(form: str, row: dict, fields: tuple[str, ...]) -> set[str]:
+    """Fields that hold words, or a structure, and that `_convert` does not take."""
+    used = {*fields, "input"} if form == "instruction" else set(fields)
+    found = {name for name, value in row.items() if name not in used and _has_words(value)}
+    for message in (m for f in fields if isinstance(row[f], list) for m in row[f]):
+        found |= {f"messages: {name}" for name, v in message.items() if name not in ("role", "content") and v}
+    return found
+
+
+def _has_words(value: Any) -> bool:
+    return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, (list, dict)) and bool(value)
 
 
 def _json_type(value: Any) -> str:
@@ -251,33 +404,55 @@ def _form_of(row: dict, place: str) -> tuple[str, tuple[str, ...]]:
     for form, fields in FORMS:
         if all(row.get(f) is not None for f in fields):
             return form, fields
+    for form, fields in FORMS:
+        if all(f in row for f in fields):
+            if (null := next(f for f in fields if row[f] is None)) == fields[-1]:
+                return form, fields  # without an answer: left out, and counted
+            raise UserError(f"{place}: field {null!r} is null; expected a string")
     shown = ", ".join(map(str, row)) or "none"
-    raise UserError(f"{place} has no known fields: found {shown}; accepted are {ACCEPTED}")
+    hint = ""
+    if "conversations" in row:
+        hint = " (name conversations `messages`, their `from` `role` and their `value` `content`)"
+    raise UserError(f"{place} has no known fields: found {shown}; accepted are {ACCEPTED}{hint}")
 
 
 def _convert(form: str, row: dict, fields: tuple[str, ...], place: str, chat: bool) -> Group:
-    """The records that TRL takes; empty when there is nothing to learn."""
+    """The records to train on; empty when there is nothing to learn."""
+    if row[fields[-1]] is None:
+        return []
     if form == "messages":
-        return _turns([], _messages(row["messages"], place, chat))
+        return _turns([], _messages(row["messages"], place, chat), place)
     if form == "completion" and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _turns(*(_messages(row[f], place, chat) for f in fields))
+        return _turns(_messages(row["prompt"], place, chat), _messages(row["completion"], place, chat), place)
     for f in fields:
         if not isinstance(row[f], str):
             raise UserError(f"{place}: field {f!r} is a JSON {_json_type(row[f])}; expected a string")
+        _check_text(row[f], f"{place}: field {f!r}")
     if not row[fields[-1]].strip():
         return []
     if form == "text":
-        return [{"text": row["text"]}]
+        return [_record(place, text=row["text"])]
     if form == "completion":
-        return [{"prompt": row["prompt"], "completion": row["completion"]}]
+        return [_record(place, prompt=row["prompt"], completion=row["completion"])]
     question, answer = row[fields[0]], row[fields[1]]
     if form == "instruction" and row.get("input"):
         question = f"{question}\n\n{row['input']}"
+        _check_text(question, f"{place}: field 'input'")
     if chat:
-        return _turns([{"role": "user", "content": question}], [{"role": "assistant", "content": answer}])
+        return _turns([{"role": "user", "content": question}], [{"role": "assistant", "content": answer}], place)
     # The blank between "Answer:" and the answer belongs to the completion: tokenizers merge it with the
     # first word, and a prompt must end on a token boundary.
-    return [{"prompt": QUESTION_TEMPLATE.format(question=question), "completion": f" {answer}"}]
+    return [_record(place, prompt=QUESTION_TEMPLATE.format(question=question), completion=f" {answer}")]
+
+
+def _check_text(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place} holds half of a surrogate pair ({text[error.start]!r}, character {error.start}), which is no "
+            "text; write the whole character or leave it out"
+        ) from None
 
 
 def _messages(messages: Any, place: str, chat: bool) -> list[dict[str, str]]:
@@ -291,13 +466,21 @@ def _messages(messages: Any, place: str, chat: bool) -> list[dict[str, str]]:
     )
     if not valid:
         raise UserError(f'{place}: messages must be a list of {{"role": string, "content": string}}')
+    roles = dict.fromkeys(m["role"] for m in messages)
+    if "assistant" not in roles and (other := [role for role in roles if role not in ROLES]):
+        raise UserError(
+            f"{place}: no message has the role 'assistant', but there is {', '.join(map(repr, other))}; expected the "
+            "roles system, user and assistant"
+        )
+    for number, message in enumerate(messages, 1):
+        _check_text(message["content"], f"{place}: message {number}")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _turns(prompt: list[dict[str, str]], conversation: list[dict[str, str]]) -> Group:
+def _turns(prompt: list[dict[str, str]], conversation: list[dict[str, str]], place: str) -> Group:
     """One record for each non-empty assistant turn of `conversation`, with all that precedes it as prompt."""
     return [
-        {"prompt": prompt + conversation[:i], "completion": [message]}
+        _record(place, prompt=prompt + conversation[:i], completion=[message])
         for i, message in enumerate(conversation)
         if message["role"] == "assistant" and message["content"].strip() and (prompt or i)
     ]

@@ -6,6 +6,7 @@ library. No network, no account, no GPU. The made model goes to a cache folder a
 
 import ast
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from cruxy_kernels.backends.native import cache_folder
 from cruxy_triton import __version__, files
 from cruxy_triton.errors import UserError
 from cruxy_triton.optimizer import CruxyOptimizer
@@ -34,24 +36,23 @@ QUESTIONS = 2400
 MINIMUM_QUESTIONS = 400
 
 # A broken optimizer must not pass for a working one: the demo fails unless the held-out loss falls by this
-# much (nats a token). A run with learning rate 0 changes nothing at all.
+# much (nats per token). A run with learning rate 0 changes nothing at all.
 REQUIRED_GAIN = 0.5
 
 # The best of eight or nine rates by median over three seeds (profiles/measured/learning_rates_demo.json). A model
 # this small wants far larger ones than the defaults.
 LEARNING_RATES = {"adamw": 7e-3, "cruxy": 2e-2, "cruxy-lion": 5e-3}
+LORA_R = 8  # what they were measured with
 STEPS = 200
 LENGTH = 128
 
 EOS = "<|end|>"
 
 
-def cache_folder() -> Path:
-    """CRUXY_CACHE, or cruxy-triton in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    if explicit := os.environ.get("CRUXY_CACHE"):
-        return Path(explicit).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cruxy-triton"
+def free_output(base: str = "runs/demo") -> str:
+    """`base`, or the first of base-2, base-3, ... where nothing is yet: a second demo keeps the first."""
+    names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
+    return next(name for name in names if not Path(name).exists())
 
 
 def prepare(say: Callable[[str], None], cache: Path | None = None) -> tuple[Path, Path]:

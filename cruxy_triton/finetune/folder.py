@@ -1,15 +1,29 @@
 """The output folder of a run: what lies in it, and the rules that keep earlier output safe.
 
-    run.json       settings, versions, seed, plan and results      metrics.jsonl  one line a step or evaluation
+    run.json       settings, versions, seed, plan and results      metrics.jsonl  one line per step or evaluation
     adapter/       the LoRA adapter, loadable with peft            report.md, plot.png
     checkpoints/   checkpoint-<step>, the newest two               gradients/     with --record-gradients
 
-A checkpoint is written under another name and moved into place, so each one that is there is complete.
+The folder's state is `status` in run.json:
+
+    (absent) --begin--> running --> finished or diverged
+                        |    ^
+                        v    | --resume
+                   interrupted, out of memory, failed (or running still, when the process was killed)
+
+A folder belongs to one process at a time (`locked`). `begin` comes when nothing can refuse the input any more;
+until then an earlier run stays where it is. With --overwrite it moves to <output>.previous then, in plain sight,
+and goes when the new run is finished. A checkpoint is written under another name, sealed with checksums and moved
+into place, so that each one that is there is complete, and a damaged one is known.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +31,49 @@ from cruxy_triton import files
 from cruxy_triton.errors import UserError
 
 KEPT_CHECKPOINTS = 2
+MIB = 1 << 20
 
 
 class RunFolder:
-    """One run's folder. Nothing is created or moved before `begin`."""
+    """One run's folder. Nothing is created or moved before `begin`, but for the lock."""
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
         """Checks that the run may use `path`; raises UserError where it may not."""
         self.path = Path(path).expanduser().absolute()
+        self.previous = self.path.with_name(f"{self.path.name}.previous")
         self.resuming = resume
-        self._previous = self.path.with_name(f".{self.path.name}.previous")
+        self._overwrite = overwrite
+        if not self.path.name:
+            raise UserError(f"output {str(path)!r} is no folder that a run could have for itself; give another")
         if overwrite and resume:
             raise UserError("--overwrite and --resume exclude each other; give one")
+        self._check()
+        self.replaces = resume and bool(_record(self.path).get("replaces"))
+
+    def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file; give a folder")
-        occupied = self.path.is_dir() and any(self.path.iterdir())
-        if resume:
+        occupied = self._occupied
+        if self.resuming:
             if not self.run_json.is_file():
                 raise UserError(f"{self.path} holds no run to resume (no run.json)")
-        elif occupied and not overwrite:
+        elif occupied and not self._overwrite:
             raise UserError(f"output folder {self.path} is not empty; give --overwrite, --resume or another --output")
         elif occupied and not self.run_json.is_file():
             raise UserError(
                 f"output folder {self.path} holds files but no run.json; --overwrite only replaces an earlier run"
             )
-        self._must_replace = occupied and overwrite
-        parent = next(p for p in (self.path, *self.path.parents) if p.exists())
+        elif occupied and self.previous.exists() and not _record(self.path).get("replaces"):
+            raise UserError(f"{self.previous} is in the way: --overwrite keeps the earlier run there; move it away")
+        first = self.path.parent if self._overwrite and occupied else self.path
+        parent = next(p for p in (first, *first.parents) if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"output folder {self.path} is not writable (no permission in {parent})")
+
+    @property
+    def _occupied(self) -> bool:
+        """Whether there is any file; a run that was killed while it began leaves empty folders."""
+        return self.path.is_dir() and any(p.is_file() and p.name != ".lock" for p in self.path.rglob("*"))
 
     @property
     def run_json(self) -> Path:
@@ -62,16 +91,49 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def begin(self) -> None:
-        """Creates the folder; an earlier run there (--overwrite) is set aside until `finish`."""
+    @contextmanager
+    def locked(self, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+        """Keeps other processes out of the folder; raises UserError, with the number of the one that has it."""
+        made = [p for p in self.path.parents if not p.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the folder, because --overwrite moves the folder; inside where only the folder is writable.
+        beside = os.access(self.path.parent, os.W_OK)
+        place = self.path.with_name(f".{self.path.name}.lock") if beside else self.path / ".lock"
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remove_empty, made)
+            try:
+                stack.enter_context(files.lock(place, f"process {os.getpid()} on {socket.gethostname()}"))
+            except files.Locked as error:
+                raise UserError(
+                    f"another run is writing to {self.path} ({error}); wait for its end or give another --output"
+                ) from None
+            except OSError as error:
+                say(f"note: {place.parent} cannot be locked ({error.strerror}); let no other run write to {self.path}")
+            self._check()  # again: a run may have begun or ended here since the first look
+            yield
+
+    def begin(self, needed_bytes: int = 0) -> None:
+        """Creates the folder; an earlier run there (--overwrite) is set aside until `finish`, and `replaces` says so.
+
+        `needed_bytes` is what the run will write; raises UserError where the disk has less.
+        """
+        existing = next(p for p in (self.path, *self.path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if free < needed_bytes:
+            raise UserError(
+                f"{self.path} needs about {needed_bytes / MIB:,.0f} MiB for checkpoints and adapter, and the disk has "
+                f"{free / MIB:,.0f} MiB free; make room or give another --output"
+            )
         try:
-            if self._must_replace:
-                if self._previous.exists():
-                    # Left by an overwrite that was itself interrupted: what lies at `path` is newer but unfinished,
-                    # so the one set aside stays the earlier output and the unfinished one goes.
+            if self._overwrite and self._occupied:
+                # Two runs lie here after an overwrite that was itself cut off: a finished one is worth more.
+                earlier, last = (_record(p).get("status") == "finished" for p in (self.previous, self.path))
+                if earlier and not last:
                     shutil.rmtree(self.path)
                 else:
-                    self.path.rename(self._previous)
+                    shutil.rmtree(self.previous, ignore_errors=True)
+                    self.path.rename(self.previous)
+                self.replaces = True
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output folder {self.path} cannot be created: {error.strerror}") from None
@@ -80,7 +142,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """Called when the new output is complete: removes what --overwrite had set aside."""
-        shutil.rmtree(self._previous, ignore_errors=True)
+        if self.replaces:
+            shutil.rmtree(self.previous, ignore_errors=True)
 
     def read_run(self) -> dict[str, Any]:
         try:
@@ -91,14 +154,43 @@ class RunFolder:
             raise UserError(f"{self.run_json} holds no recipe; it was not written by `cruxy-triton finetune`")
         return run
 
-    def newest_checkpoint(self) -> Path | None:
-        return max(self._checkpoints(), key=_step, default=None)
+    def write_run(self, run: dict[str, Any], status: str) -> None:
+        run |= {"status": status, "replaces": self.replaces}
+        with files.writing(self.run_json):
+            files.write_json(self.run_json, run)
+
+    def intact_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is as it was written, and a line for each newer one that is not.
+
+        Raises UserError when there are checkpoints and none is whole.
+        """
+        faults = []
+        for checkpoint in sorted(self._checkpoints(), key=_step, reverse=True):
+            if (fault := files.damage(checkpoint)) is None:
+                return checkpoint, faults
+            faults.append(f"{checkpoint} is damaged ({fault})")
+        if faults:
+            raise UserError(f"no checkpoint is whole: {'; '.join(faults)}; start the run anew with --overwrite")
+        return None, []
+
+    def drop_after(self, checkpoint: Path | None) -> None:
+        """Removes what a run resumed from `checkpoint` computes again: damaged checkpoints, metrics of later steps.
+
+        The final evaluation is always done again. Without a checkpoint only the evaluation before training stays.
+        """
+        step = 0 if checkpoint is None else _step(checkpoint)
+        for later in self._checkpoints():
+            if _step(later) > step:
+                shutil.rmtree(later, ignore_errors=True)
+        kept = [r for r in self.read_metrics() if r["step"] <= step and ("eval_loss" not in r or r["step"] == 0)]
+        files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _checkpoints(self) -> list[Path]:
         return [p for p in self.checkpoints.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
 
     def keep_checkpoint(self, written: Path) -> None:
-        """Moves a complete checkpoint into place and removes all but the newest two."""
+        """Seals a complete checkpoint, moves it into place and removes all but the newest two."""
+        files.seal(written)
         target = self.checkpoints / written.name
         if target.exists():  # the same step saved twice: on schedule and by an interruption
             shutil.rmtree(target)
@@ -118,11 +210,21 @@ class RunFolder:
                 break
         return rows
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the rows of steps after `step`, which a resumed run computes again."""
-        kept = [row for row in self.read_metrics() if row["step"] <= step]
-        files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The content of run.json; empty where there is none that can be read."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # the deepest first
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,19 +1,30 @@
-"""Loading: a causal language model by Hugging Face id or folder, its tokenizer, and LoRA on top.
+"""Loading: a causal language model by Hugging Face id or folder, its tokenizer, and LoRA on top, each read once.
+
+`config_of` resolves the name: a folder becomes absolute and a revision its commit in the recipe, so that what
+comes after (tokenizer, weights, adapter, a resumed run) means the same model without looking it up again.
 
 Precision by device: float32 on a CPU, bfloat16 where the compute capability is 8.0 or more, float16 under
 autocast with a gradient scaler on older GPUs. The adapters are always float32.
 """
 
-import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cruxy_triton.environment import expect_no_hub_in_vain
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
+from cruxy_triton.settings import resolve_dtype
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+# Model types whose kernels read some weights past the layers, where an adapter would not be seen (refused by peft).
+MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+MAMBA_FIXED = ["out_proj", "conv1d"]
+# Of the weights that NF4 is for (all matrices but embeddings and head) so many must be in 4 bits, or the plan is void.
+MIN_QUANTIZED = 0.95
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -27,35 +38,31 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     """The base model's dtype, by request or by what the device computes natively."""
-    if recipe.dtype == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        # Not torch.cuda.is_bf16_supported(): it answers True for emulation on pre-Ampere cards.
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if recipe.dtype == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 cannot train on a CPU (no gradient scaling there); use float32 or bfloat16")
-    if recipe.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise UserError(
-            "--dtype bfloat16 is only emulated on this GPU (compute capability below 8.0), and slower than float32; "
-            "use float16"
-        )
-    return getattr(torch, recipe.dtype)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return getattr(torch, resolve_dtype(recipe.dtype, device.type, capability))
 
 
 def config_of(recipe: Recipe) -> Any:
-    """The transformers config of `recipe.model`, which is checked to be loadable as a causal LM."""
+    """The transformers config of `recipe.model`, which is checked to be loadable as a causal LM.
+
+    Fills in what the name and the config decide of the recipe: the folder's absolute path or the commit of a
+    Hugging Face id, and for a checkpoint that is quantized already `load_in_4bit` and `double_quant`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(recipe.model).expanduser()
     if folder.is_dir():
-        _check_folder(folder)
+        recipe.model = os.path.abspath(folder)
+        _check_folder(Path(recipe.model))
     elif folder.exists():
         raise UserError(f"model {recipe.model} is a file; expected a folder with config.json, or a Hugging Face id")
     elif recipe.model.count("/") > 1 or recipe.model.startswith((".", "~", "/")):
         raise UserError(f"model folder {recipe.model} does not exist")
+    else:
+        expect_no_hub_in_vain()
     try:
         config = AutoConfig.from_pretrained(
-            _source(recipe), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
     except Exception as error:
         raise UserError(_why_not_loaded(recipe, error)) from error
@@ -67,12 +74,22 @@ def config_of(recipe: Recipe) -> Any:
             f"model {recipe.model} is of type {config.model_type!r}, which is no causal language model; expected one "
             "that transformers loads with AutoModelForCausalLM (llama, qwen2, qwen3, gemma, phi, mistral, ...)"
         )
+    recipe.revision = getattr(config, "_commit_hash", None) or recipe.revision
+    if quantization := _quantization_of(config):
+        method = quantization.get("quant_method")
+        if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
+            raise UserError(
+                f"model {recipe.model} is quantized already, with {method}; expected plain weights, or the 4-bit ones "
+                "of bitsandbytes"
+            )
+        recipe.load_in_4bit = True
+        recipe.double_quant = bool(quantization.get("bnb_4bit_use_double_quant"))
     return config
 
 
-def _source(recipe: Recipe) -> str:
-    folder = Path(recipe.model).expanduser()
-    return str(folder) if folder.is_dir() else recipe.model
+def _quantization_of(config: Any) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def _check_folder(folder: Path) -> None:
@@ -81,12 +98,6 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds a LoRA adapter, not a model; give the base model that the adapter belongs to")
     if not config_path.is_file():
         raise UserError(f"{folder} has no config.json; expected a model folder as save_pretrained writes it")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config_path} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict) or not ("model_type" in config or "auto_map" in config):
-        raise UserError(f"{config_path} names no model_type; expected the config of a transformers model")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise UserError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_PATTERNS)}")
 
@@ -94,8 +105,18 @@ def _check_folder(folder: Path) -> None:
 def _why_not_loaded(recipe: Recipe, error: Exception) -> str:
     text = str(error)
     first_line = text.strip().partition("\n")[0]
-    if Path(recipe.model).expanduser().is_dir():
-        return f"the model in {recipe.model} cannot be loaded: {first_line}"
+    folder = Path(recipe.model)
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            f"model {recipe.model} brings code of its own: read it, and if you trust it give --trust-remote-code "
+            "(it runs with your rights)"
+        )
+    if folder.is_dir():
+        if "JSON" in text:
+            return f"{folder / 'config.json'} cannot be read as JSON: {first_line}"
+        if "model_type" in text and "does not recognize" not in text:
+            return f"{folder / 'config.json'} names no model_type that transformers knows: {first_line}"
+        return f"the model in {folder} cannot be loaded: {first_line}"
     if "gated" in text.lower():
         return (
             f"model {recipe.model} is gated: accept its licence on its Hugging Face page, then log in with "
@@ -107,13 +128,13 @@ def _why_not_loaded(recipe: Recipe, error: Exception) -> str:
     )
 
 
-def tokenizer_of(recipe: Recipe) -> Any:
+def tokenizer_of(recipe: Recipe, config: Any) -> Any:
     """The model's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            _source(recipe), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+            recipe.model, config=config, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
@@ -137,27 +158,43 @@ def max_length_of(config: Any) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What lies in memory after loading: elements in 4 bits, and elements of all weights."""
+
+    quantized: int
+    total: int
+
+    def __str__(self) -> str:
+        share = f", {self.quantized / self.total:.0%} of them in 4 bits" if self.quantized else ""
+        return f"{self.total:,} weights{share}"
+
+
 def model_of(
     recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, attention: str | None = None
-) -> Any:
-    """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes).
+) -> tuple[Any, Weights]:
+    """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes), and what was loaded.
 
-    `attention` is "sdpa" or "eager", what the plan counts with; None leaves transformers' choice.
+    `attention` is "sdpa" or "eager", what the plan counts with; None leaves transformers' choice. Raises UserError
+    where weights are missing, damaged or of another shape, and where NF4 was asked for and not had.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
     if recipe.load_in_4bit:
         _require_bitsandbytes()
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=recipe.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        if (already := _quantization_of(config)) is None:
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=recipe.double_quant,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        else:  # made elsewhere, perhaps to compute in bfloat16, which this device may only emulate
+            config.quantization_config = {**already, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            _source(recipe),
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            recipe.model,
             config=config,
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
@@ -166,14 +203,18 @@ def model_of(
             quantization_config=quantization,
             # bitsandbytes quantizes while a weight is placed, so that the whole model never lies there unquantized.
             device_map={"": device} if recipe.load_in_4bit or device.type == "cuda" else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except torch.OutOfMemoryError:
         raise UserError(
             f"the weights of {recipe.model} do not fit the memory allowed; try --load-in-4bit or a smaller model "
             "(`cruxy-triton plan` says what fits)"
         ) from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(_why_not_loaded(recipe, error)) from error
+    except Exception as error:
+        raise UserError(_damaged_file(recipe) or _why_not_loaded(recipe, error)) from error
+    model, info = loaded
+    _check_loaded(recipe, info)
     model.requires_grad_(False)
     model.config.use_cache = False
     module: Any
@@ -182,18 +223,90 @@ def model_of(
         # that has no backward; training after an evaluation would then lose the gradient of every layer below.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
+    return model, _count(model, recipe, asked=quantization is not None)
 
 
-def expand_key_value_heads() -> None:
-    """Makes transformers repeat grouped key/value heads instead of passing `enable_gqa=True` to SDPA.
+def _check_loaded(recipe: Recipe, info: dict[str, Any]) -> None:
+    """Refuses a model of which transformers has filled a part with random numbers."""
+    wrong = [(name, "is missing") for name in sorted(info["missing_keys"])]
+    wrong += [(n, f"has shape {list(a)} instead of {list(b)}") for n, a, b in sorted(info["mismatched_keys"])]
+    if wrong:
+        shown = "; ".join(f"{name} {what}" for name, what in wrong[:3]) + ("; ..." if len(wrong) > 3 else "")
+        raise UserError(
+            f"{len(wrong)} weights of {recipe.model} cannot be used: {shown}. They would be random numbers, different "
+            "in each run, and the adapter worthless: expected all weights that config.json describes"
+        )
 
-    With it PyTorch has only the math kernel before compute capability 8.0, which keeps whole score matrices;
-    on repeated heads the memory-efficient kernel runs. Holds for the rest of the process.
+
+def _damaged_file(recipe: Recipe) -> str | None:
+    """A sentence about the first weight file that cannot be opened; None when all can."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(recipe.model)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        found = huggingface_hub.try_to_load_from_cache(recipe.model, "config.json", revision=recipe.revision)
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path} is damaged or cut off ({error}): copy or download it again"
+    return None
+
+
+def _count(model: Any, recipe: Recipe, asked: bool) -> Weights:
+    """Counts elements by what they really are; refuses NF4 that was asked for and is none."""
+    ends = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    if (head := model.get_output_embeddings()) is not None:
+        ends.add(id(head.weight))
+    total = quantized = matrices = 0
+    left: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if state is None else state.shape.numel()
+        total += size
+        if state is not None:
+            quantized += size
+        elif parameter.ndim < 2 or id(parameter) in ends:
+            continue
+        else:
+            left[name] = size
+        matrices += size
+    # Not for a checkpoint that is quantized already: who made it may have left out layers on purpose.
+    if asked and quantized < MIN_QUANTIZED * matrices:
+        largest = max(left, key=lambda name: left[name])
+        raise UserError(
+            f"only {quantized / matrices:.0%} of the {matrices:,} weights of {recipe.model} that --load-in-4bit is "
+            f"for would be in 4 bits ({type(model).__name__} keeps {largest} and {len(left) - 1} others in forms that "
+            "bitsandbytes does not quantize), and the plan would not hold; leave --load-in-4bit out or take another "
+            "model"
+        )
+    return Weights(quantized, total)
+
+
+def use_attention(kind: str | None, device: torch.device) -> str | None:
+    """transformers' name for the attention `kind` of the settings; None leaves its choice.
+
+    Makes PyTorch and transformers take that kernel for the rest of the process. "efficient" repeats grouped key/value
+    heads instead of passing `enable_gqa=True` to SDPA: with it PyTorch has only the math kernel before compute
+    capability 8.0, which keeps whole score matrices; on repeated heads the memory-efficient kernel runs. "flash" is
+    PyTorch's own choice, which falls back where a batch is padded: the flash kernel takes no mask.
     """
-    from transformers.integrations import sdpa_attention
+    if kind == "efficient":
+        from transformers.integrations import sdpa_attention
 
-    sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+    if device.type == "cuda":
+        own_choice = kind not in ("efficient", "math")
+        torch.backends.cuda.enable_flash_sdp(own_choice)
+        torch.backends.cuda.enable_cudnn_sdp(own_choice)
+        torch.backends.cuda.enable_mem_efficient_sdp(kind != "math")
+    return kind if kind in (None, "eager") else "sdpa"
 
 
 def _require_bitsandbytes() -> None:
@@ -207,22 +320,41 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
     """Wraps `model` in a peft model with float32 LoRA adapters on `recipe.target_modules`, drawn by `recipe.seed`."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
+    from transformers.pytorch_utils import Conv1D
 
     set_seed(recipe.seed)
     targets: Any = recipe.target_modules
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+    excluded: list[str] = []
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+        if model.config.model_type in MAMBA_TYPES:
+            excluded = MAMBA_FIXED
+        elif model.config.get_text_config() is not model.config:
+            # The text alone is trained: an adapter on a part for pictures or sound would never see a gradient.
+            text = next(n for n, m in model.named_modules() if m is model.get_decoder())
+            excluded = [n for n in linear if not n.startswith(f"{text}.")]
     lora = LoraConfig(
         r=recipe.lora_r,
         # peft declares an int but computes alpha / r, so halves are as good
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=targets,
+        exclude_modules=excluded or None,
         task_type="CAUSAL_LM",
+        revision=recipe.revision,
     )
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        names = sorted({name.rpartition(".")[2] for name in linear})
+        if "lora_dropout" in str(error):
+            raise UserError(
+                f"--lora-dropout {recipe.lora_dropout} cannot be had: {recipe.model} holds its experts in one tensor, "
+                "on which peft has no dropout; leave it out"
+            ) from None
         raise UserError(
             f"--target-modules {' '.join(recipe.target_modules)} does not match this model; its linear layers are "
-            f"{', '.join(names)} ({str(error).partition(chr(10))[0]})"
+            f"{', '.join(names) or 'none'} ({str(error).partition(chr(10))[0]})"
         ) from None

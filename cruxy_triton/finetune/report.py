@@ -1,5 +1,6 @@
-"""The run's plot (loss, learning rate, phase by step) and its one-page report in Markdown."""
+"""What a run leaves behind: the adapter with its card, the plot by step, and the one-page report in Markdown."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,44 @@ from cruxy_triton.finetune.folder import RunFolder
 MIB = 1 << 20
 
 
+def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
+    """Writes adapter/ (peft weights and config, tokenizer, a card), complete or not at all."""
+    partial = folder.path / ".adapter.partial"
+    # Embeddings are never resized, so that peft need not load the base's config again to compare.
+    model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+    tokenizer.save_pretrained(partial)
+    base = run["recipe"]["model"]
+    licence = _licence(Path(base))
+    lines = ["---", f"base_model: {base}", "library_name: peft", *licence, "---", ""]
+    lines += [
+        f"LoRA adapter for {base}, made by cruxy-triton {run['versions'].get('cruxy-triton', '')} from "
+        f"{run['recipe']['data']}. It is of use with that model only, whose licence applies to it too; `report.md` and "
+        "`run.json` beside this folder say how it was trained.",
+        "",
+    ]
+    (partial / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    for path in partial.iterdir():
+        files.make_readable(path)
+    files.move_folder(partial, folder.adapter)
+
+
+def _licence(model: Path) -> list[str]:
+    """The lines about the licence in the card of a model folder."""
+    card = model / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return re.findall(r"^license(?:_name|_link)?:.*$", header[1], re.MULTILINE) if header else []
+
+
 def write(folder: RunFolder, run: dict[str, Any]) -> None:
     """Writes plot.png and report.md from the run's record and its metrics."""
     rows = folder.read_metrics()
-    plot(rows, folder.path / "plot.png")
+    plot(rows, folder.path / "plot.png", f"{Path(run['recipe']['model']).name} on {Path(run['recipe']['data']).name}")
     files.write_text(folder.path / "report.md", markdown(run, rows))
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Three panels over the optimizer step: loss (training and held-out), learning rate, phase."""
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Panels over the optimizer step: loss (training and held-out), learning rate, gradient norm, phase."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed for a file
@@ -25,28 +55,34 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
-    with_phase = [row for row in steps if row.get("phase") is not None]
-    figure, panels = pyplot.subplots(
-        3 if with_phase else 2, 1, figsize=(8, 8 if with_phase else 6), sharex=True, layout="constrained"
-    )
+    # metrics.jsonl of another optimizer has neither
+    panels = [("gradient norm", "grad_norm"), ("phase φ", "phase")]
+    panels = [(label, name) for label, name in panels if any(row.get(name) is not None for row in steps)]
+    count = 2 + len(panels)
+    figure, axes = pyplot.subplots(count, 1, figsize=(8, 2 + 2 * count), sharex=True, layout="constrained")
+    figure.suptitle(title)
     x = [row["step"] for row in steps]
-    panels[0].plot(x, [row["loss"] for row in steps], lw=0.8, alpha=0.5, color="C0", label="training, each step")
-    panels[0].plot(x, _smooth([row["loss"] for row in steps]), color="C0", label="training, running mean of 10")
+    axes[0].plot(x, [row["loss"] for row in steps], lw=0.8, alpha=0.5, color="C0", label="training, each step")
+    axes[0].plot(x, _smooth([row["loss"] for row in steps]), color="C0", label="training, running mean of 10")
+    # Marks without a line: nothing was measured between them.
     held_out = [row["eval_loss"] for row in evaluations]
-    panels[0].plot([row["step"] for row in evaluations], held_out, "o-", color="C3", label="held out")
-    panels[0].set_ylabel("loss (nats a token)")
-    panels[0].legend()
-    panels[1].plot(x, [row["lr"] for row in steps], color="C1", label="schedule")
-    if with_phase:
-        panels[1].plot(x, [row["lr_used"] for row in steps], color="C2", label="after control")
-        panels[1].legend()
-        panels[2].plot([row["step"] for row in with_phase], [row["phase"] for row in with_phase], color="C4")
-        panels[2].set_ylabel("phase φ")
-        panels[2].set_ylim(0, 1)
-    panels[1].set_ylabel("learning rate")
-    panels[-1].set_xlabel("optimizer step")
-    for panel in panels:
-        panel.grid(alpha=0.3)
+    axes[0].plot([row["step"] for row in evaluations], held_out, "o", color="C3", label="held out")
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[0].legend()
+    axes[1].plot(x, [row["lr"] for row in steps], color="C1", label="schedule")
+    if any("lr_used" in row for row in steps):
+        axes[1].plot(x, [row.get("lr_used") for row in steps], color="C2", label="after control")
+        axes[1].legend()
+    axes[1].set_ylabel("learning rate")
+    for axis, (label, name) in zip(axes[2:], panels, strict=True):
+        shown = [row for row in steps if row.get(name) is not None]
+        axis.plot([row["step"] for row in shown], [row[name] for row in shown], color="C4")
+        axis.set_ylabel(label)
+        if name == "phase":
+            axis.set_ylim(0, 1)
+    axes[-1].set_xlabel("optimizer step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     with files.replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
@@ -62,39 +98,50 @@ def _smooth(values: list[float | None], width: int = 10) -> list[float]:
 
 def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The report's text. `run` is the content of run.json after training."""
-    recipe, result = run["recipe"], run["result"]
+    recipe, result, records = run["recipe"], run["result"], run["records"]
     before, after = result["before"], result["after"]
+    revision = f", revision={recipe['revision']!r}" if recipe["revision"] else ""
     steps = [row for row in rows if "loss" in row]
     seconds = sorted(row["seconds"] for row in steps)
     median = seconds[len(seconds) // 2] if seconds else float("nan")
     lines = [
         f"# Fine-tuning {recipe['model']}",
         "",
-        f"{run['status'].capitalize()} after {result['step']} optimizer steps in {result['seconds']:.0f} s on "
-        f"{run['device']} (median step {median:.3f} s).",
+        f"{run['status'].capitalize()} after {result['step']} optimizer steps, {result['epochs']:.2f} epochs, in "
+        f"{result['seconds']:.0f} s of training on {run['device']}: {result['tokens'] / result['seconds']:,.0f} tokens "
+        f"per second, median step {median:.3f} s.",
         "",
-        f"| held out ({before['tokens']:,} tokens) | before | after |",
+        f"| held out ({after['sequences']} sequences, {after['tokens']:,} tokens) | before | after |",
         "|---|---|---|",
-        f"| loss (nats a token) | {before['loss']:.4f} | {after['loss']:.4f} |",
+        f"| loss (nats per token) | {before['loss']:.4f} | {after['loss']:.4f} |",
         f"| perplexity | {before['perplexity']:.3f} | {after['perplexity']:.3f} |",
+        *(
+            []
+            if after["accuracy"] is None
+            else [f"| tokens put first that were right | {before['accuracy']:.1%} | {after['accuracy']:.1%} |"]
+        ),
         "",
-        "![loss, learning rate and phase by step](plot.png)",
+        *(f"- {warning}" for warning in run["warnings"]),
+        "",
+        "![loss, learning rate, gradient norm and phase by step](plot.png)",
         "",
         "## What was run",
         "",
         "| setting | value |",
         "|---|---|",
-        f"| data | {recipe['data']}: {run['records']['train']} records ({run['records']['form']}), "
-        f"{run['records']['held_out']} held out, {run['records']['cut']} cut at the sequence length, "
-        f"{run['records']['dropped']} dropped |",
-        f"| sequence length, batch | {recipe['max_seq_length']} tokens, {recipe['batch_size']} sequences a step "
+        f"| data | {recipe['data']}: {records['train']} records ({records['form']}), {records['held_out']} held out, "
+        f"{records['cut']} cut at the sequence length, {records['dropped']} left out |",
+        f"| tokens per epoch | {records['tokens']:,} in {records['sequences']:,} sequences, "
+        f"{records['trained_tokens']:,} of them trained on; per record {records['median_length']:,} in the median, "
+        f"{records['longest']:,} at most |",
+        f"| sequence length, batch | {recipe['max_seq_length']} tokens, {recipe['batch_size']} sequences per step "
         f"in micro-batches of {recipe['micro_batch_size']} |",
-        f"| base weights | {run['dtype']}, gradient checkpointing "
-        f"{'on' if recipe['gradient_checkpointing'] else 'off'} |",
+        f"| base weights | {run['weights']['total']:,} in {run['dtype']}, {run['weights']['quantized']:,} of them in 4 "
+        f"bits; gradient checkpointing {'on' if recipe['gradient_checkpointing'] else 'off'} |",
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
         f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
-        + ("" if recipe["optimizer"] == "adamw" else f", mode {recipe['mode']}")
+        + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g}), "
         f"weight decay {recipe['weight_decay']:g} |",
         f"| seed | {recipe['seed']} |",
@@ -116,7 +163,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({recipe['model']!r}, dtype='auto')",
+        f"base = AutoModelForCausalLM.from_pretrained({recipe['model']!r}{revision}, dtype='auto')",
         "model = PeftModel.from_pretrained(base, 'adapter')  # the folder beside this report",
         "tokenizer = AutoTokenizer.from_pretrained('adapter')",
         "```",

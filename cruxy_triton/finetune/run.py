@@ -1,10 +1,15 @@
-"""One fine-tuning run from a recipe to an adapter: check, plan, load, evaluate, train, evaluate, report."""
+"""One fine-tuning run from a recipe to an adapter: check, plan, load, evaluate, train, evaluate, report.
 
-import importlib.metadata
+Everything that can refuse the input comes before `RunFolder.begin`, the first thing that writes.
+"""
+
+import contextlib
+import copy
 import math
+import os
 import platform
+import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,36 +18,28 @@ from typing import Any
 import torch
 
 from cruxy_triton import files
+from cruxy_triton.environment import versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
 from cruxy_triton.finetune import load, memory, report
-from cruxy_triton.finetune.folder import RunFolder
-from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
+from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
+from cruxy_triton.finetune.recipe import Recipe
 
-PACKAGES = (
-    "cruxy-triton",
-    "torch",
-    "triton",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "bitsandbytes",
-    "safetensors",
-)
 # Settings that a resumed run may differ in: they do not change what is computed.
 RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
+PATHS = ("model", "data", "eval_data")
+# How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+TEXT_PROMPT_TOKENS = 32
 
 
 class TrainingFailed(RuntimeError):
-    """Training stopped for a reason that is not bad input: out of memory, or a loss that is not finite."""
+    """Training stopped for a reason that is not bad input: out of memory, a full disk, a loss that is not finite."""
 
 
 @dataclass
 class Result:
-    """What a finished (or interrupted) run has to say."""
+    """What a finished (or interrupted) run has to say; `step` is the last one saved, `signal` what interrupted it."""
 
     folder: Path
     finished: bool
@@ -50,6 +47,7 @@ class Result:
     before: dict[str, float]
     after: dict[str, float] | None
     sample: dict[str, str] | None
+    signal: int = 0
 
 
 @dataclass
@@ -60,33 +58,24 @@ class Hooks:
     progress: Callable[[dict[str, Any], int], None] = lambda row, total: None
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide the result; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def resume_recipe(folder: RunFolder, given: dict[str, Any]) -> Recipe:
     """The recipe of the run in `folder`; raises UserError if `given` (settings typed by the user) contradict it."""
-    saved = folder.read_run()
-    if saved.get("status") == "finished":
-        raise UserError(f"the run in {folder.path} is finished (step {saved['result']['step']}); nothing to resume")
-    recipe = Recipe.from_dict(saved["recipe"])
+    recipe = Recipe.from_dict(folder.read_run()["recipe"])
     recipe.output = str(folder.path)
     for name, value in given.items():
         if name in RESUME_MAY_CHANGE:
             setattr(recipe, name, value)
-        elif value != getattr(recipe, name):
+        elif (_absolute(value) if name in PATHS else value) != getattr(recipe, name):
             raise UserError(
                 f"--resume continues a run with {name} = {getattr(recipe, name)!r}, but {value!r} is given now; "
                 "leave it out, or start a new run in another --output"
             )
     return recipe
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path that exists, whole, so that it is the same from every folder; anything else is a name of the hub."""
+    return os.path.abspath(Path(path).expanduser()) if path and Path(path).expanduser().exists() else path
 
 
 def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradients: int = 0) -> Result:
@@ -95,189 +84,301 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     Raises UserError for input that cannot be used, before anything is written, and TrainingFailed when
     training itself breaks; checkpoints and metrics up to then are kept.
     """
-    started = time.time()
-    device = load.device_of(recipe)
-    dtype = load.dtype_of(recipe, device)
-    config = load.config_of(recipe)
-    longest = load.max_length_of(config)
-    if longest is not None and recipe.max_seq_length is not None and recipe.max_seq_length > longest:
-        raise UserError(f"--max-seq-length {recipe.max_seq_length} is beyond the {longest} tokens of {recipe.model}")
-    tokenizer = load.tokenizer_of(recipe)
-    data = data_module.load(
-        recipe.data,
-        eval_source=recipe.eval_data,
-        eval_fraction=recipe.eval_fraction,
-        max_eval_samples=recipe.max_eval_samples,
-        seed=recipe.seed,
-        subset=recipe.subset,
-        split=recipe.split,
-        chat=recipe.chat_template and tokenizer.chat_template is not None,
-    )
-    saved = folder.read_run() if folder.resuming else None
-    if saved is not None and saved["data_sha256"] != data.fingerprint:
-        raise UserError(f"{recipe.data} has changed since the run in {folder.path} began; --resume needs the same data")
-    hooks.say(
-        f"data: {len(data.train)} records to train on, {len(data.held_out)} held out ({data.form})"
-        + (f"; {data.skipped_empty} without an answer left out" if data.skipped_empty else "")
-    )
-    longest_record = data.longest(tokenizer)
-    plan = memory.make_plan(recipe, config, device, dtype, longest or longest_record, longest_record)
-    for line in memory.describe(plan, recipe):
-        hooks.say(line)
-    memory.limit(recipe, device)
-
-    if plan is not None and plan.config.attention == "efficient":
-        load.expand_key_value_heads()
-    attention = None if plan is None else "eager" if plan.config.attention == "eager" else "sdpa"
-    model = load.add_lora(load.model_of(recipe, config, device, dtype, attention), recipe)
-    # Imported here: TRL takes seconds, and everything above can already have refused the input.
-    from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry, Trainer
-
-    folder.begin()
-    trainer = Trainer(model, tokenizer, data, recipe, folder, dtype)
-    lengths = _lengths(trainer, recipe, data)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    hooks.say(
-        f"model: {recipe.model}, {'nf4' if recipe.load_in_4bit else str(dtype).removeprefix('torch.')} on {device}; "
-        f"{trainable:,} trainable parameters in {sum(p.requires_grad for p in model.parameters())} adapter tensors"
-    )
-    if lengths["cut"]:
-        hooks.say(f"note: {lengths['cut']} of {len(data.train)} records are cut at {recipe.max_seq_length} tokens")
-    if lengths["dropped"]:
-        hooks.say(f"note: {lengths['dropped']} records are left out: their prompt alone fills the sequence length")
-
-    run: dict[str, Any] = saved or {
-        "status": "running",
-        "recipe": recipe.to_dict(),
-        "lr": DEFAULT_LR[recipe.optimizer] if recipe.lr is None else recipe.lr,
-        "data_sha256": data.fingerprint,
-        "records": {"train": len(data.train), "held_out": len(data.held_out), "form": data.form, **lengths},
-        "trainable_parameters": trainable,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "dtype": "nf4" if recipe.load_in_4bit else str(dtype).removeprefix("torch."),
-        "plan": None if plan is None else plan.to_dict(),
-        "versions": versions(),
-        "command": sys.argv,
-    }
-    checkpoint = folder.newest_checkpoint() if folder.resuming else None
-    if folder.resuming:
-        run.setdefault("resumed_at_steps", []).append(0 if checkpoint is None else int(checkpoint.name[11:]))
-        run["status"] = "running"
-        folder.rewind_metrics(run["resumed_at_steps"][-1] if "before" in run else -1)
-        hooks.say(f"resuming at step {run['resumed_at_steps'][-1]} of the run in {folder.path}")
-    files.write_json(folder.run_json, run)
-
-    interruption = Interruption()
-    telemetry = Telemetry(trainer, hooks.progress)
-    trainer.add_callback(telemetry)
-    trainer.add_callback(interruption)
-    if record_gradients:
-        trainer.add_callback(GradientRecorder(trainer, record_gradients))
-    try:
-        if "before" not in run:
-            hooks.say(f"evaluating on {len(data.held_out)} held-out records before training")
-            run["before"] = trainer.held_out()
-            run["sample"] = _sample(trainer, tokenizer, data, recipe)
-            telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
-            files.write_json(folder.run_json, run)
-        with interruption.installed():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        run["status"] = "out of memory"
-        files.write_json(folder.run_json, run)
-        raise TrainingFailed(
-            f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(plan)}): close "
-            f"other programs and continue with --resume, or lower --max-seq-length ({str(error).partition('.')[0]})"
-        ) from error
-    step = trainer.state.global_step
-    seconds = time.time() - started
-    if interruption.requested and step < trainer.state.max_steps:
-        run["status"] = "interrupted"
-        files.write_json(folder.run_json, run)
-        return Result(folder.path, False, step, run["before"], None, None)
-
-    after = trainer.held_out()
-    telemetry.write({"step": step, "eval_loss": after["loss"]})
-    if run["sample"] is not None:
-        run["sample"]["after"] = _generate(trainer, tokenizer, data, recipe)
-    _save_adapter(model, tokenizer, folder)
-    run["result"] = {
-        "step": step,
-        "before": run["before"],
-        "after": after,
-        "seconds": seconds,
-        **memory.measured(device),
-    }
-    run["status"] = "finished" if math.isfinite(after["loss"]) else "diverged"
-    files.write_json(folder.run_json, run)
-    report.write(folder, run)
-    folder.finish()
-    if run["status"] == "diverged":
-        raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
-    return Result(folder.path, True, step, run["before"], after, run["sample"])
+    for name in PROCESS_COUNTS:
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"this is one of {os.environ[name]} processes ({name} is set), and a run trains on one device; start "
+                "`cruxy-triton finetune` without torchrun, accelerate launch or mpirun"
+            )
+    with folder.locked(hooks.say):
+        return _Run(recipe, folder, hooks).go(record_gradients)
 
 
-def _lengths(trainer: Any, recipe: Recipe, data: data_module.Data) -> dict[str, int]:
-    """What the sequence length did to the records; raises UserError when it left nothing."""
-    dataset = trainer.train_dataset
-    if data.packed:
-        return {"cut": 0, "dropped": 0, "sequences": len(dataset)}
-    if len(dataset) == 0 or len(trainer.eval_dataset) == 0:
-        raise UserError(
-            f"--max-seq-length {recipe.max_seq_length} leaves no token of an answer in any record of "
-            f"{recipe.data if len(dataset) == 0 else 'the held-out split'}; give a larger one"
+class _Run:
+    """One run; its methods are its stages, in order."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.hooks = hooks
+        self.saved = folder.read_run() if folder.resuming else None
+        if self.saved is not None and self.saved.get("status") == "finished":
+            raise UserError(
+                f"the run in {folder.path} is finished (step {self.saved['result']['step']}); nothing to resume"
+            )
+        recipe.data, recipe.eval_data = str(_absolute(recipe.data)), _absolute(recipe.eval_data)
+
+    def go(self, record_gradients: int) -> Result:
+        self._read()
+        self._load()
+        self._begin()
+        return self._train(record_gradients)
+
+    def _read(self) -> None:
+        """Config, tokenizer, data and plan: all that can be known without the weights."""
+        recipe, say = self.recipe, self.hooks.say
+        self.device = load.device_of(recipe)
+        self.dtype = load.dtype_of(recipe, self.device)
+        self.config = load.config_of(recipe)
+        limit = load.max_length_of(self.config)
+        if limit is not None and recipe.max_seq_length is not None and recipe.max_seq_length > limit:
+            raise UserError(f"--max-seq-length {recipe.max_seq_length} is beyond the {limit} tokens of {recipe.model}")
+        if limit is not None and recipe.sample_tokens >= limit:
+            raise UserError(
+                f"--sample-tokens {recipe.sample_tokens} leaves no room for a prompt in the {limit} tokens of "
+                f"{recipe.model}; give less"
+            )
+        self.tokenizer = load.tokenizer_of(recipe, self.config)
+        self.data = data_module.load(
+            recipe.data,
+            eval_source=recipe.eval_data,
+            eval_fraction=recipe.eval_fraction,
+            max_eval_samples=recipe.max_eval_samples,
+            seed=recipe.seed,
+            subset=recipe.subset,
+            split=recipe.split,
+            chat=recipe.chat_template and self.tokenizer.chat_template is not None,
         )
-    cut = sum(len(ids) >= (recipe.max_seq_length or math.inf) for ids in dataset["input_ids"])
-    return {"cut": cut, "dropped": len(data.train) - len(dataset), "sequences": len(dataset)}
+        data = self.data
+        if self.saved is not None and self.saved["data_sha256"] != data.fingerprint:
+            raise UserError(
+                f"{recipe.data} has changed since the run in {self.folder.path} began; --resume needs the same data"
+            )
+        say(f"data: {len(data.train)} records to train on, {len(data.held_out)} held out ({data.form})")
+        self.tokens = [data_module.tokenize(part, self.tokenizer) for part in (data.train, data.held_out)]
+        rows = self.config.get_text_config().vocab_size
+        if (highest := max(max(t.ids, default=0) for part in self.tokens for t in part)) >= rows:
+            raise UserError(
+                f"the tokenizer of {recipe.model} gives token {highest} for this data, and the model knows tokens "
+                f"below {rows} only: tokenizer and model do not belong together"
+            )
+        needed = sys.maxsize if data.packed else data_module.longest(self.tokens[0])
+        # The plan is made from the plain shape; how a checkpoint is quantized already is in the recipe by now.
+        shape = copy.deepcopy(self.config)
+        shape.__dict__.pop("quantization_config", None)
+        self.plan = memory.make_plan(recipe, shape, self.device, self.dtype, limit or needed, needed)
+        for line in memory.describe(self.plan, recipe):
+            say(line)
+        if recipe.vram_bytes is not None and self.device.type == "cpu":
+            say("note: the budget is planned with; on a CPU nothing keeps the process to it")
+        self._fit(limit)
+        memory.limit(recipe, self.device)
 
+    def _fit(self, limit: int | None) -> None:
+        """Cuts the tokens to the sequence length; raises UserError when it leaves nothing, says what it costs."""
+        length = self.recipe.max_seq_length
+        assert length is not None, "the plan decides the sequence length first"
+        if self.data.packed:  # the trainer fills the sequences
+            self.rows = [[{"input_ids": t.ids, "labels": t.ids} for t in part] for part in self.tokens]
+            self.lengths = {"cut": 0, "dropped": 0}
+        else:
+            (train, cut), (held_out, held_out_cut) = (data_module.fit(part, length) for part in self.tokens)
+            for rows, where in ((train, self.recipe.data), (held_out, "the held-out split")):
+                if not rows:
+                    advice = "shorten the prompts, the model takes no more" if length == limit else "give a larger one"
+                    raise UserError(
+                        f"--max-seq-length {length} leaves no token of an answer in any record of {where}; {advice}"
+                    )
+            self.rows = [train, held_out]
+            for name, kept, parts, count in (
+                ("training", train, self.tokens[0], cut),
+                ("held-out", held_out, self.tokens[1], held_out_cut),
+            ):
+                out = len(parts) - len(kept)
+                self.data.losses += [
+                    data_module.Loss(n, len(parts), f"{name} records are {what}")
+                    for n, what in (
+                        (out, f"left out: their prompt alone fills the {length} tokens"),
+                        (count, f"cut at {length} tokens"),
+                    )
+                    if n
+                ]
+            self.lengths = {"cut": cut, "dropped": len(self.tokens[0]) - len(train)}
+        self.lengths |= data_module.token_statistics(self.rows[0])
+        for loss in self.data.losses:
+            self.hooks.say(str(loss))
 
-def _prompt_ids(tokenizer: Any, data: data_module.Data, room: int) -> tuple[str, torch.Tensor]:
-    record = data.held_out[0]
-    if "text" in record:
-        ids = tokenizer(record["text"], return_tensors="pt", truncation=True, max_length=min(32, room))["input_ids"]
-        return tokenizer.decode(ids[0], skip_special_tokens=True), ids
-    prompt = record["prompt"]
-    if isinstance(prompt, str):
-        return prompt, tokenizer(prompt, return_tensors="pt", truncation=True, max_length=room)["input_ids"]
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return prompt[-1]["content"], ids["input_ids"][:, -room:]
+    def _load(self) -> None:
+        """The model, tried out and evaluated; what of an earlier part of the run is whole."""
+        recipe, say = self.recipe, self.hooks.say
+        self.checkpoint, faults = self.folder.intact_checkpoint() if self.folder.resuming else (None, [])
+        for fault in faults:
+            say(f"warning: {fault}; going on from the one before")
+        attention = load.use_attention(recipe.attention, self.device)
+        base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
+        self.model = load.add_lora(base, recipe)
+        # Imported here: TRL takes seconds, and everything above can already have refused the input.
+        from cruxy_triton.finetune.train import Trainer
 
-
-def _generate(trainer: Any, tokenizer: Any, data: data_module.Data, recipe: Recipe) -> str:
-    """The model's greedy continuation of the first held-out prompt."""
-    room = (load.max_length_of(trainer.model.config) or 2048) - recipe.sample_tokens
-    _, ids = _prompt_ids(tokenizer, data, room)
-    ids = ids.to(trainer.args.device)
-    model = trainer.model
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=recipe.sample_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
+        self.trainer: Any = Trainer(
+            self.model, self.tokenizer, self.rows, recipe, self.folder, self.dtype, packed=self.data.packed
         )
-    model.train()
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        self.lengths["sequences"] = len(self.trainer.train_dataset)
+        self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.dtype_name = "nf4" if recipe.load_in_4bit else str(self.dtype).removeprefix("torch.")
+        say(
+            f"model: {recipe.model}, {self.dtype_name} on {self.device} ({self.weights}); {self.trainable:,} trainable "
+            f"parameters in {sum(p.requires_grad for p in self.model.parameters())} adapter tensors"
+        )
+        for note in self.trainer.try_out():
+            say(note)
+        if self.saved is not None and "before" in self.saved:
+            return
+        say(f"evaluating on {len(self.trainer.eval_dataset)} held-out sequences before training")
+        self.before = self.trainer.held_out()
+        if not math.isfinite(self.before["loss"]):
+            wider = "--dtype float32" if self.dtype is not torch.float32 else "another copy of the model"
+            raise UserError(
+                f"the loss of {recipe.model} is {self.before['loss']} before any training: its weights hold no "
+                f"numbers, or overflow in {self.dtype_name}; try {wider}"
+            )
+        self.sample = self._sample()
+
+    def _begin(self) -> None:
+        recipe, folder = self.recipe, self.folder
+        # float32: the adapter, and in each checkpoint adapter and two values of optimizer state
+        folder.begin(4 * self.trainable * (1 + 3 * (KEPT_CHECKPOINTS + 1)))
+        data, device = self.data, self.device
+        self.run: dict[str, Any] = self.saved or {
+            "status": "running",
+            "recipe": recipe.to_dict(),
+            "lr": recipe.lr,
+            "data_sha256": data.fingerprint,
+            "records": {
+                "train": len(data.train),
+                "held_out": len(data.held_out),
+                "form": data.form,
+                **self.lengths,
+            },
+            "warnings": [str(loss) for loss in data.losses],
+            "trainable_parameters": self.trainable,
+            "weights": {"total": self.weights.total, "quantized": self.weights.quantized},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "dtype": self.dtype_name,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "versions": versions(),
+            "command": sys.argv,
+        }
+        if folder.resuming:
+            self.run.setdefault("resumed_at_steps", []).append(self._saved_step)
+            folder.drop_after(self.checkpoint)
+            self.hooks.say(f"resuming at step {self._saved_step} of the run in {folder.path}")
+        if folder.replaces:
+            self.hooks.say(f"the earlier run is kept in {folder.previous} until this one is finished")
+        if "before" not in self.run:
+            self.run |= {"before": self.before, "sample": self.sample}
+        folder.write_run(self.run, "running")
+
+    @property
+    def _saved_step(self) -> int:
+        return 0 if self.checkpoint is None else int(self.checkpoint.name.partition("-")[2])
+
+    def _train(self, record_gradients: int) -> Result:
+        from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
+
+        run, folder, trainer = self.run, self.folder, self.trainer
+        interruption = Interruption(self.hooks.say)
+        telemetry = Telemetry(trainer, self.hooks.progress)
+        trainer.add_callback(telemetry)
+        trainer.add_callback(interruption)
+        if record_gradients:
+            trainer.add_callback(GradientRecorder(trainer, record_gradients))
+        status = "failed"
+        try:
+            with interruption.installed():
+                if self.checkpoint is None:
+                    with contextlib.suppress(FileNotFoundError):
+                        folder.metrics.unlink()
+                    telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
+                if self.checkpoint is None or not trainer.restore_if_trained(self.checkpoint):
+                    trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+                if interruption.number is None:
+                    status = self._conclude(telemetry)
+        except KeyboardInterrupt:
+            if interruption.number is None:
+                raise
+        except torch.OutOfMemoryError as error:
+            status = "out of memory"
+            raise TrainingFailed(
+                f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(self.plan)}): "
+                "close other programs and continue with --resume, or lower --max-seq-length "
+                f"({str(error).partition('.')[0]})"
+            ) from error
+        except files.WriteFailed as error:
+            raise TrainingFailed(f"{error}; make room and continue with --resume --output {folder.path}") from error
+        finally:
+            if interruption.number is not None and status == "failed":
+                status = "interrupted"
+            if status not in ("finished", "diverged"):
+                with contextlib.suppress(files.WriteFailed):  # the disk may be full
+                    folder.write_run(run, status)
+        if status == "interrupted":
+            saved, _ = folder.intact_checkpoint()
+            step = 0 if saved is None else int(saved.name.partition("-")[2])
+            return Result(folder.path, False, step, run["before"], None, None, interruption.number or signal.SIGINT)
+        if status == "diverged":
+            raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
+        result = run["result"]
+        return Result(folder.path, True, result["step"], result["before"], result["after"], run["sample"])
+
+    def _conclude(self, telemetry: Any) -> str:
+        """Evaluation, adapter and report; returns the run's last status."""
+        run, folder, trainer = self.run, self.folder, self.trainer
+        after = trainer.held_out()
+        step = trainer.state.global_step
+        telemetry.write({"step": step, "eval_loss": after["loss"]})
+        if run["sample"] is not None:
+            after_text = self._generate() if self.recipe.sample_tokens else None
+            run["sample"] = None if after_text is None else {**run["sample"], "after": after_text}
+        status = "finished" if math.isfinite(after["loss"]) else "diverged"
+        rows = [row for row in folder.read_metrics() if "seconds" in row]
+        run["result"] = {
+            "step": step,
+            "epochs": trainer.state.epoch,
+            "before": run["before"],
+            "after": after,
+            "seconds": sum(row["seconds"] for row in rows),
+            "tokens": sum(row["tokens"] for row in rows),
+            **memory.measured(self.device),
+        }
+        with files.writing(folder.path):
+            report.save_adapter(self.model, self.tokenizer, folder, run)
+            report.write(folder, {**run, "status": status})
+        folder.write_run(run, status)
+        folder.finish()
+        return status
+
+    def _prompt(self) -> list[int]:
+        """The ids of the first held-out prompt, as far as there is room beside an answer."""
+        tokens = self.tokens[1][0]
+        room = (load.max_length_of(self.config) or 2048) - self.recipe.sample_tokens
+        if self.data.packed:
+            return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)]
+        return tokens.ids[: tokens.prompt][-room:] or tokens.ids[:1]
+
+    def _generate(self) -> str | None:
+        """The model's answer; None, and a note, where its generation fails: no reason to stop a training."""
+        try:
+            return self.trainer.generate(self._prompt(), self.recipe.sample_tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first_line = str(error).strip().partition("\n")[0]
+            self.hooks.say(f"note: no sample, because generating fails ({type(error).__name__}: {first_line})")
+            return None
+
+    def _sample(self) -> dict[str, str] | None:
+        if self.recipe.sample_tokens == 0 or (before := self._generate()) is None:
+            return None
+        record = self.data.held_out[0]
+        prompt = record.get("prompt")
+        return {
+            "prompt": self.tokenizer.decode(self._prompt()) if prompt is None else _text(prompt),
+            "expected": _text(record.get("completion", "")),
+            "before": before,
+        }
 
 
-def _sample(trainer: Any, tokenizer: Any, data: data_module.Data, recipe: Recipe) -> dict[str, str] | None:
-    if recipe.sample_tokens == 0:
-        return None
-    record = data.held_out[0]
-    expected = record.get("completion")
-    return {
-        "prompt": _prompt_ids(tokenizer, data, 1 << 30)[0],
-        "expected": "" if expected is None else (expected if isinstance(expected, str) else expected[0]["content"]),
-        "before": _generate(trainer, tokenizer, data, recipe),
-    }
-
-
-def _save_adapter(model: Any, tokenizer: Any, folder: RunFolder) -> None:
-    partial = folder.path / ".adapter.partial"
-    model.save_pretrained(partial, safe_serialization=True)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card; report.md says what there is to say
-    files.move_folder(partial, folder.adapter)
+def _text(part: Any) -> str:
+    """The text of a prompt or completion, of a conversation that of its last message."""
+    return part if isinstance(part, str) else part[-1]["content"]

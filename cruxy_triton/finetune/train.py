@@ -1,9 +1,11 @@
 """Training with TRL's SFTTrainer and our optimizer: what the trainer lacks for a run that can be trusted.
 
 The loss reaches the optimizer as a device tensor through a step hook; adapters stay float32; a checkpoint
-appears whole or not at all; Ctrl-C saves first; the held-out loss is weighted by tokens.
+appears whole or not at all; Ctrl-C saves first; the held-out loss is weighted by tokens and is that of the
+language model alone, without a router's auxiliary loss.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,36 +19,68 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, get_scheduler
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from cruxy_triton.finetune.data import Data
+from cruxy_triton import files
+from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.folder import RunFolder
-from cruxy_triton.finetune.recipe import DEFAULT_LR, Recipe
+from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.optimizer import CruxyOptimizer
+
+Rows = list[dict[str, list[int]]]
+
+# How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
+# experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
+CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer over `parameters` (float32 adapters)."""
-    lr = DEFAULT_LR[recipe.optimizer] if recipe.lr is None else recipe.lr
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer in ("adamw", "sgd"):
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
+        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return CruxyOptimizer(
         parameters,
         mode=recipe.mode,
-        lr=lr,
+        lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
     )
 
 
+def lr_factor(schedule: str, step: int, warmup: int, total: int) -> float:
+    """Part of the peak learning rate at `step` (from 0) of `total`, of which `warmup` rise to it; never 0 at first."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return {
+        "constant": 1.0,
+        "linear": max(0.0, 1.0 - progress),
+        "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
+    }[schedule]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 class Trainer(SFTTrainer):
-    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters."""
+    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters; `rows`, to train on and held out, are
+    as `data.fit` makes them."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, data: Data, recipe: Recipe, folder: RunFolder, dtype: torch.dtype
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: list[Rows],
+        recipe: Recipe,
+        folder: RunFolder,
+        dtype: torch.dtype,
+        *,
+        packed: bool,
     ) -> None:
         import datasets
 
@@ -54,17 +88,19 @@ class Trainer(SFTTrainer):
         self.peft_model = model  # transformers types its own `model` as one that may be absent
         self.recipe = recipe
         self.folder = folder
-        self.step_loss: torch.Tensor | None = None
+        self.dtype = dtype
+        self._some_tokens = rows[0][0]["input_ids"][:4]
+        self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
         args = SFTConfig(
-            output_dir=str(folder.path),
+            output_dir=str(folder.path.parent),  # made by transformers if absent; checkpoints go to _get_output_dir
             per_device_train_batch_size=recipe.micro_batch_size,
             per_device_eval_batch_size=recipe.micro_batch_size,
             gradient_accumulation_steps=recipe.gradient_accumulation_steps,
             num_train_epochs=recipe.epochs,
             max_steps=recipe.max_steps or -1,
-            max_length=recipe.max_seq_length,
-            packing=data.packed,
+            max_length=recipe.max_seq_length if packed else None,  # else the rows have their length already
+            packing=packed,
             # Packing that needs no attention mask by document, which needs flash attention (compute capability 8.0)
             packing_strategy="wrapped",
             gradient_checkpointing=bool(recipe.gradient_checkpointing),
@@ -73,7 +109,7 @@ class Trainer(SFTTrainer):
             fp16=dtype is torch.float16,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
-            max_grad_norm=0.0 if recipe.optimizer != "adamw" else 1.0,  # ours clips inside its update
+            max_grad_norm=0.0 if recipe.optimizer.startswith("cruxy") else 1.0,  # ours clips inside its update
             save_strategy="steps",
             save_steps=recipe.save_steps,
             save_only_model=False,
@@ -88,8 +124,8 @@ class Trainer(SFTTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=datasets.Dataset.from_list(data.train),
-            eval_dataset=datasets.Dataset.from_list(data.held_out),
+            train_dataset=datasets.Dataset.from_list(rows[0]),
+            eval_dataset=datasets.Dataset.from_list(rows[1]),
             processing_class=tokenizer,
         )
         # TRL turns the adapters of a quantized model into bfloat16, which pre-Ampere cards only emulate.
@@ -107,19 +143,38 @@ class Trainer(SFTTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self.lr_scheduler = get_scheduler(
-            self.recipe.lr_schedule,
-            optimizer=self.optimizer if optimizer is None else optimizer,
-            num_warmup_steps=round(self.recipe.warmup_fraction * num_training_steps),
-            num_training_steps=num_training_steps,
+        warmup = round(self.recipe.warmup_fraction * num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: lr_factor(self.recipe.lr_schedule, step, warmup, num_training_steps),
         )
         return self.lr_scheduler
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def _start_step(self) -> None:
+        self.step_loss: torch.Tensor | None = None
+        self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
+        self.step_right = 0.0  # labels that the model put first
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        trained = _label_count(inputs)
+        self.step_tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, *args, **kwargs)
         # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
+        self.step_trained += trained
+        self.step_right += self._take_accuracy("train") * trained
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
+        trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
+        return trainer.compute_loss(*args, **kwargs)
+    def _take_accuracy(self, mode: str) -> float:
+        """TRL's accuracy of the last batch: the part of the labels that the model put first."""
+        seen = self._metrics[mode]["mean_token_accuracy"]
+        accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
+        self._metrics[mode].clear()
+        return accuracy
 
     def _give_loss(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {**kwargs, "loss": self.step_loss}
@@ -130,27 +185,133 @@ class Trainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder.checkpoints / ".partial")
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Embeddings are never resized, so that peft need not load the base's config again to compare.
+        self.peft_model.save_pretrained(output_dir, save_embedding_layers=False)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         partial = Path(self._get_output_dir(trial))
-        super()._save_checkpoint(model, trial)
-        self.folder.keep_checkpoint(partial / f"checkpoint-{self.state.global_step}")
-        shutil.rmtree(partial, ignore_errors=True)
+        with files.writing(self.folder.checkpoints):
+            try:
+                super()._save_checkpoint(model, trial)
+                self.folder.keep_checkpoint(partial / f"checkpoint-{self.state.global_step}")
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
-    def held_out(self) -> dict[str, float]:
-        """Mean negative log-likelihood a token (nats) over the held-out set, its perplexity, and the tokens."""
+    def restore_if_trained(self, checkpoint: Path) -> bool:
+        """Takes adapters and step from `checkpoint` if it is that of the last step, after which no step may follow."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without gradients, with the language model's loss alone."""
+        auxiliary = self.aux_loss_enabled
+        self._use_auxiliary_loss(False)
         self.peft_model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        tokens = 0
-        one = torch.ones((), device=self.args.device)  # sum instead of mean
-        for batch in self.get_eval_dataloader():
-            batch = self._prepare_inputs(batch)
-            tokens += int((batch["labels"][:, 1:] != -100).sum())
+        try:
             with torch.no_grad(), self.compute_loss_context_manager():
+                yield
+        finally:
+            self._use_auxiliary_loss(auxiliary)
+            self.peft_model.train()
+
+    def _use_auxiliary_loss(self, on: bool) -> None:
+        self.aux_loss_enabled = on
+        config = self.peft_model.config.get_text_config()
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = on
+
+    def held_out(self) -> dict[str, Any]:
+        """Over the held-out set, per token: mean negative log-likelihood (nats), its perplexity, the part of tokens
+        that the model put first; and the tokens and sequences that were evaluated."""
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = sequences = 0
+        right = 0.0
+        one = torch.ones((), device=self.args.device)  # sum instead of mean
+        with self._evaluating():
+            for batch in self.get_eval_dataloader():
+                batch = self._prepare_inputs(batch)
+                count = _label_count(batch)
+                tokens += count
+                sequences += len(batch["labels"])
                 total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
-        self._metrics["eval"].clear()
-        self.peft_model.train()
+                right += self._take_accuracy("eval") * count
         loss = float(total) / tokens
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {
+            "loss": loss,
+            "perplexity": perplexity,
+            "accuracy": _known(right / tokens),
+            "tokens": tokens,
+            "sequences": sequences,
+        }
+
+    def generate(self, ids: list[int], count: int) -> str:
+        """The model's greedy continuation of `ids` by at most `count` tokens."""
+        tokenizer: Any = self.processing_class
+        prompt = torch.tensor([ids], device=self.args.device)
+        with self._evaluating():
+            output = self.peft_model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=count,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+    def try_out(self) -> list[str]:
+        """Runs a few tokens through the model, in training and evaluation mode; changes nothing.
+
+        Returns notes. Raises UserError for a model that fails, or in which a token sees those after it.
+        """
+        notes = []
+        what = f"{self.recipe.model} ({self.peft_model.config.model_type})"
+        ids = torch.tensor([self._some_tokens * 4], device=self.args.device)[:, :4]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            try:
+                self.peft_model.train()
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    try:
+                        self.compute_loss(self.peft_model, dict(batch))
+                    except (AttributeError, KeyError, TypeError):
+                        if not self.aux_loss_enabled:
+                            raise
+                        self._use_auxiliary_loss(False)
+                        self.compute_loss(self.peft_model, dict(batch))
+                        notes.append(f"note: {what} trains without its router's auxiliary loss, which TRL cannot form")
+                changed = ids.clone()
+                changed[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, 0] + 1) % 2
+                with self._evaluating():
+                    one, other = (self.peft_model(input_ids=i, use_cache=False).logits[0, :-1] for i in (ids, changed))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                bits = " in 4 bits" if self.recipe.load_in_4bit else ""
+                raise UserError(
+                    f"{what} cannot be trained here{bits}: running four tokens through it fails with "
+                    f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                ) from error
+        self._metrics["train"].clear()
+        difference, size = ((one - other).float().abs().max(), one.float().abs().max())
+        if difference > CAUSAL_TOLERANCE[self.dtype] * size:
+            raise UserError(
+                f"{what} is no causal language model: what it says of a token changes with the tokens after it, so "
+                "that it would learn to copy them; expected a decoder (llama, qwen2, gemma, phi, mistral, ...)"
+            )
+        return notes
+
+
+def _label_count(batch: dict[str, Any]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
 
 
 class Telemetry(TrainerCallback):
@@ -165,7 +326,8 @@ class Telemetry(TrainerCallback):
     def write(self, row: dict[str, Any]) -> None:
         # json has no NaN or infinity; null says that there was no finite value
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self.trainer.folder.metrics.open("a", encoding="utf-8") as file:
+        path = self.trainer.folder.metrics
+        with files.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -181,12 +343,13 @@ class Telemetry(TrainerCallback):
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         now = time.perf_counter()
         row: dict[str, Any] = {"step": state.global_step, "loss": float(trainer.step_loss), "lr": self.lr}
-        trainer.step_loss = None
         if isinstance(optimizer, CruxyOptimizer):
             metrics = optimizer.metrics()
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
-        row["seconds"] = now - self.last
+        row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
+        row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
+        trainer._start_step()
         if torch.cuda.is_available() and args.device.type == "cuda":
             row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
@@ -209,7 +372,6 @@ class GradientRecorder(TrainerCallback):
         step = state.global_step + 1
         if step > self.count:
             return
-        self.path.mkdir(exist_ok=True)
         scaler = self.trainer.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = {
@@ -217,25 +379,40 @@ class GradientRecorder(TrainerCallback):
             for name, p in self.trainer.peft_model.named_parameters()
             if p.grad is not None
         }
-        save_file(gradients, self.path / f"step-{step:05d}.safetensors")
+        with files.writing(self.path):
+            self.path.mkdir(exist_ok=True)
+            save_file(gradients, self.path / f"step-{step:05d}.safetensors")
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C and SIGTERM: while training, the step in progress is finished and saved, and a second one ends the
+    process at once; elsewhere KeyboardInterrupt. `number` is that of the signal."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.number: int | None = None
+        self.training = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.requested:
+        if self.number is not None:
             control.should_save = True
             control.should_training_stop = True
 
     def _request(self, number: int, frame: Any) -> None:
-        if self.requested:
+        again, self.number = self.number is not None, number
+        if not self.training:
+            raise KeyboardInterrupt
+        if again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.requested = True
+        with contextlib.suppress(RuntimeError):  # the signal came while the same stream was being written to
+            self.say("stopping: finishing this step and saving a checkpoint (once more: stop at once)")
 
     @contextmanager
     def installed(self) -> Iterator[None]:

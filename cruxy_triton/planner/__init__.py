@@ -1,14 +1,15 @@
 """The memory planner: does this training run fit this card, and which configuration is best?
 
 from cruxy_triton.planner import plan
-answer = plan("tinyllama-1.1b", "gtx1650", seq=1024)
+answer = plan("tinyllama-1.1b", "gtx1650", max_seq_length=1024)
 if answer.fits: print(answer.config)
 """
 
 from cruxy_triton.planner.card import Card, card_names, load_card, parse_bytes
+from cruxy_triton.planner.lookup import model_names
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.search import plan
-from cruxy_triton.planner.shape import ModelShape, load_model, model_names, shape_from_config
+from cruxy_triton.planner.shape import ModelShape, load_model, shape_from_config
 
 __all__ = [
     "Card",

@@ -13,35 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cruxy_triton.errors import UserError
-from cruxy_triton.planner.shape import _simple, _unknown, profile_texts, read_toml, tomllib
+from cruxy_triton.planner.lookup import profiles, read_toml, simple, unknown
+from cruxy_triton.settings import parse_bytes
 
 MiB = 2**20
 GiB = 2**30
 SYSTEMS = ("linux", "linux-desktop", "windows")
-
-_UNITS = {
-    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "k": 2**10, "m": 2**20, "g": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
-_SMALLEST = 256 * MiB
-_LARGEST = 4096 * GiB
-
-
-def parse_bytes(text: str | int) -> int:
-    """`"4GiB"`, `"3900 MiB"`, `"6g"` or a number of bytes as an int.
-
-    Raises UserError for anything else, and for budgets below 256 MiB or above 4 TiB, which nobody means.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
-    if match is None or match.group(2).lower() not in _UNITS:
-        raise UserError(f"not an amount of memory: {text!r}; write it as 4GiB, 3900MiB or a number of bytes")
-    value = float(match.group(1)) * _UNITS[match.group(2).lower()]
-    if not _SMALLEST <= value <= _LARGEST:
-        raise UserError(
-            f"a budget of {text} is {value / GiB:.4g} GiB; the planner takes 256 MiB to 4 TiB. "
-            "Was the unit forgotten? Write for example 4GiB"
-        )
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -65,6 +42,7 @@ class Card:
     device: str = "cuda"
     sources: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    budget_bytes: int | None = None  # where the card is nothing but an amount of memory
 
     @property
     def bf16(self) -> bool:
@@ -80,8 +58,13 @@ class Card:
         return 32 * MiB if self.capability >= (9, 0) else 8_519_680
 
     def usable_bytes(self, system: str | None = None) -> int:
-        """What a training process may take on `system` ("linux", "linux-desktop", "windows")."""
-        if self.device == "cpu" or "any" in self.usable:
+        """What a training process may take on `system` ("linux", "linux-desktop", "windows").
+
+        Raises UserError for another one, or for any where the amount does not depend on it (a budget, a CPU).
+        """
+        if "any" in self.usable:
+            if system is not None:
+                raise UserError(f"{self.name}: what is usable was given or read off; leave the operating system out")
             return self.usable["any"]
         system = system or "linux"
         if system not in SYSTEMS:
@@ -96,6 +79,13 @@ class Card:
             return ("sdpa-cpu", "eager")
         return ("flash", "efficient", "eager", "math") if self.bf16 else ("efficient", "eager", "math")
 
+    def attention(self, asked: str | None) -> str:
+        """The kernel that is asked for, or the best one. Raises UserError where it does not run here."""
+        if asked is not None and asked not in self.attention_kinds:
+            kinds = ", ".join(self.attention_kinds)
+            raise UserError(f"--attention {asked} does not run on {self.name}; it has {kinds}")
+        return asked or self.attention_kinds[0]
+
     @classmethod
     def cpu(cls, ram_bytes: int | str) -> Card:
         """A CPU run in `ram_bytes` of memory: float32, no CUDA context. The interpreter and its libraries come on
@@ -109,21 +99,37 @@ class Card:
             context_bytes=0,
             context_error_bytes=0,
             device="cpu",
+            budget_bytes=amount,
             note="the interpreter and its libraries are not counted: the budget is what is free once they are loaded",
         )
 
     @classmethod
     def budget(cls, amount: int | str, capability: tuple[int, int] = (7, 5)) -> Card:
-        """A nameless CUDA card with so much memory for the process in all, of Turing's abilities unless given."""
+        """A nameless CUDA card with so much memory for the process in all, of Turing's abilities unless given.
+
+        Raises UserError for a compute capability that no card has.
+        """
         number = parse_bytes(amount)
+        parse_capability(".".join(map(str, capability)), "a budget")
         return cls(
             name=f"{number / GiB:.3g} GiB budget",
             vram_bytes=number,
             usable={"any": number},
             capability=capability,
+            budget_bytes=number,
             note="a plain budget: context included, compute capability "
             f"{capability[0]}.{capability[1]} assumed, no step time",
         )
+
+    def within(self, budget: int | None) -> Card:
+        """This card cut down to `budget` bytes for the process, or itself. Raises UserError for more than it has."""
+        if budget is None:
+            return self
+        if budget > self.vram_bytes:
+            raise UserError(
+                f"--vram of {budget / MiB:,.0f} MiB is more than {self.name} has ({self.vram_bytes / MiB:,.0f} MiB)"
+            )
+        return Card.budget(budget, self.capability)
 
     @classmethod
     def detect(cls) -> Card:
@@ -140,9 +146,8 @@ class Card:
         capability = (properties.major, properties.minor)
         # free was read with this process's own context already on the card
         usable = {"any": free + 150 * MiB}
-        try:
-            known = load_card(re.sub(r"(?i)nvidia|geforce|gpu|laptop gpu", "", properties.name))
-        except UserError:
+        names = _cards_called(properties.name)
+        if not names:
             return cls(
                 name=properties.name,
                 vram_bytes=total,
@@ -150,53 +155,77 @@ class Card:
                 capability=capability,
                 sms=properties.multi_processor_count,
             )
-        return replace(known, name=properties.name, vram_bytes=total, usable=usable, capability=capability)
+        known = [card_from_profile(profiles("gpus")[name], name) for name in names]
+        nearest = min(known, key=lambda card: abs(card.vram_bytes - total))
+        return replace(nearest, name=properties.name, vram_bytes=total, usable=usable, capability=capability)
 
 
 def card_names() -> list[str]:
     """The names of profiles/gpus."""
-    return list(profile_texts("gpus"))
+    return list(profiles("gpus"))
 
 
-_REQUIRED = ("vram_mib", "capability", "usable_linux_mib", "usable_linux_desktop_mib", "usable_windows_mib")
+def parse_capability(text: str, what: str) -> tuple[int, int]:
+    """ "7.5" as (7, 5). Raises UserError for anything that no CUDA card has; 5.0 (Maxwell) is the least."""
+    match = re.fullmatch(r"(\d{1,2})\.(\d)", text)
+    if match is None or not 5 <= int(match.group(1)) <= 12:
+        raise UserError(f"{what}: a compute capability must look like 7.5 (5.0 to 12.9), not {text!r}")
+    return int(match.group(1)), int(match.group(2))
+
+
+_REQUIRED = ("vram_mib", "usable_linux_mib", "usable_linux_desktop_mib", "usable_windows_mib")
+_OTHERS = {
+    "sms": 0, "bandwidth_gb_s": 0, "fp32_tflops": 0, "half_tflops": 0, "context_mib": 150, "context_error_mib": 60
+}  # fmt: skip
 
 
 def card_from_profile(data: Mapping[str, Any], name: str) -> Card:
     """A `Card` from a parsed profile file. Raises UserError for a missing or impossible field."""
-    missing = [key for key in _REQUIRED if key not in data]
+    what = f"GPU profile {name}"
+    missing = [key for key in (*_REQUIRED, "capability") if key not in data]
     if missing:
-        raise UserError(f"GPU profile {name}: {', '.join(missing)} missing; see profiles/gpus/gtx1650-gddr5.toml")
-    match = re.fullmatch(r"(\d+)\.(\d+)", str(data["capability"]))
-    if match is None:
-        raise UserError(f'GPU profile {name}: capability must look like "7.5", not {data["capability"]!r}')
-    numbers = {key: data.get(key, 0) for key in (*_REQUIRED, "sms", "bandwidth_gb_s", "fp32_tflops", "half_tflops")}
-    del numbers["capability"]
+        raise UserError(f"{what}: {', '.join(missing)} missing; see profiles/gpus/gtx1650-gddr5.toml")
+    numbers = {key: data[key] for key in _REQUIRED} | {key: data.get(key, least) for key, least in _OTHERS.items()}
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise UserError(f"GPU profile {name}: {key} must be a number of at least 0, not {value!r}")
+        least = 1 if key in _REQUIRED else 0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+            raise UserError(f"{what}: {key} must be a number of at least {least}, not {value!r}")
     return Card(
         name=str(data.get("name", name)),
-        vram_bytes=int(data["vram_mib"] * MiB),
-        usable={
-            "linux": int(data["usable_linux_mib"] * MiB),
-            "linux-desktop": int(data["usable_linux_desktop_mib"] * MiB),
-            "windows": int(data["usable_windows_mib"] * MiB),
-        },
-        capability=(int(match.group(1)), int(match.group(2))),
+        vram_bytes=int(numbers["vram_mib"] * MiB),
+        usable={system: int(numbers[f"usable_{system.replace('-', '_')}_mib"] * MiB) for system in SYSTEMS},
+        capability=parse_capability(str(data["capability"]), what),
         sms=int(numbers["sms"]),
         bandwidth_gb_s=float(numbers["bandwidth_gb_s"]),
         fp32_tflops=float(numbers["fp32_tflops"]),
         half_tflops=float(numbers["half_tflops"]),
-        context_bytes=int(data.get("context_mib", 150) * MiB),
-        context_error_bytes=int(data.get("context_error_mib", 60) * MiB),
+        context_bytes=int(numbers["context_mib"] * MiB),
+        context_error_bytes=int(numbers["context_error_mib"] * MiB),
         sources=dict(data.get("sources", {})),
     )
 
 
-def load_card(card: str | int | Path | Card) -> Card:
-    """A `Card` from a profile's name or file, an amount of memory ("4GiB", or bytes as an int), or "auto".
+def _cards_called(text: str) -> list[str]:
+    """The profiles that a name means: its own name, or every card of that alias or of the driver's name for it.
 
-    Raises UserError where nothing of that name is found; the nearest names are in the message.
+    The driver (nvidia-smi, torch) says neither memory nor its kind: "NVIDIA GeForce RTX 3050" is three cards.
+    """
+    cards = profiles("gpus")
+    wanted = simple(re.sub(r"(?i)\b(nvidia|geforce|gpu)\b", "", text))
+    found = [name for name in cards if simple(name) == wanted]
+    return found or [
+        name
+        for name, data in cards.items()
+        if wanted in (simple(x) for x in (*data.get("aliases", ()), data.get("name", "").replace("GeForce", "")))
+    ]
+
+
+def load_card(card: str | int | Path | Card) -> Card:
+    """A `Card` from a profile's name or file, the driver's name, an amount of memory ("4GiB", or bytes as an int),
+    or "auto".
+
+    Raises UserError where nothing of that name is found (the nearest names are in the message) or several cards
+    are called so.
     """
     if isinstance(card, Card):
         return card
@@ -210,15 +239,11 @@ def load_card(card: str | int | Path | Card) -> Card:
         if not path.is_file():
             raise UserError(f"{path}: no such GPU profile")
         return card_from_profile(read_toml(path), path.stem)
-    wanted = _simple(text)
-    profiles = profile_texts("gpus")
-    for name, content in profiles.items():
-        if wanted == _simple(name):
-            return card_from_profile(tomllib.loads(content), name)
-    for name, content in profiles.items():
-        data = tomllib.loads(content)
-        if wanted in {_simple(alias) for alias in data.get("aliases", ())} | {_simple(data.get("name", ""))}:
-            return card_from_profile(data, name)
+    names = _cards_called(text)
+    if len(names) > 1:
+        raise UserError(f"{text!r} is {len(names)} cards; which one: {', '.join(names)}?")
+    if names:
+        return card_from_profile(profiles("gpus")[names[0]], names[0])
     if re.match(r"\s*-?[0-9.]+\s*[kmgtKMGT]?[iI]?[bB]?\s*$", text):
         return Card.budget(text)
-    raise UserError(_unknown("GPU", text, list(profiles)))
+    raise UserError(unknown("GPU", text, card_names()))

@@ -1,59 +1,53 @@
 """The answer of the planner: a plain dataclass that can be stored, compared and obeyed.
 
-`Plan.save()` writes TOML (`plan.toml`), which `cruxy-triton finetune` takes; `Plan.load()` reads it back.
+`Plan.save()` writes JSON (`plan.json`), which `cruxy-triton finetune --plan` takes; `Plan.load()` reads it back.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from cruxy_triton import files
+from cruxy_triton import files, settings
 from cruxy_triton.errors import UserError
-from cruxy_triton.planner.shape import read_toml
+
+_configured: Any = make_dataclass("Configuration", settings.CONFIGURES, frozen=True, kw_only=True)
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """What a training run is set to. Lengths in tokens.
+class Configuration(_configured):
+    """What a training run is set to: the settings of `cruxy_triton.settings` that decide memory, none left open.
 
-    attention: "efficient" (PyTorch's memory-efficient SDPA on K and V repeated to all heads), "flash" (SDPA, flash
-    kernel, sm_80 and later), "math" (SDPA's math kernel), "eager", "sdpa-cpu".
-    optimizer: "lion-8bit", "lion-fp32", "adamw-fp32" (the codec of CruxyOptimizer's state) or "sgd".
-    chunked_loss: TRL's tiled head; False is transformers' stock loss with whole logits.
+    `dtype` is never "auto", `device` is "cpu" or "cuda", `target_modules` is a tuple of the model's layers.
+    `vram_bytes` is the budget in bytes, None where the whole device is planned for.
     """
 
-    precision: str
-    max_seq_length: int
-    batch_size: int
-    gradient_accumulation: int
-    lora_r: int
-    lora_alpha: int
-    target_modules: tuple[str, ...]
-    gradient_checkpointing: bool
-    chunked_loss: bool
-    attention: str
-    optimizer: str
-    double_quant: bool = False
-    lora_dropout: float = 0.0
-    method: str = "lora"  # or "full": every weight learns
+    @property
+    def gradient_accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.batch_size // self.micro_batch_size
+
+    @property
+    def precision(self) -> str:
+        """The base weights in one word: the dtype, or "nf4"."""
+        return "nf4" if self.load_in_4bit else self.dtype
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Configuration:
-        known = {f.name for f in fields(cls)}
-        extra = sorted(set(data) - known)
-        if extra:
-            raise UserError(f"plan: unknown settings {', '.join(extra)}; known: {', '.join(sorted(known))}")
-        values = dict(data)
-        if "target_modules" in values:
-            values["target_modules"] = tuple(values["target_modules"])
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"plan: {str(error).partition('()')[2].strip()}") from None
+    def of(cls, values: Mapping[str, Any]) -> Configuration:
+        """From settings by name, for example `vars(recipe)`. Raises UserError for one that is open or no good."""
+        full = values.get("method") == "full"
+        found: dict[str, Any] = {"lora_r": 0, "lora_alpha": 0, "target_modules": ()} if full else {}
+        for name in settings.CONFIGURES:
+            if name not in found:
+                if values.get(name) is None and name != "vram_bytes":
+                    raise UserError(f"the configuration does not say {settings.SETTINGS[name].flag}")
+                found[name] = settings.SETTINGS[name].check(values.get(name))
+        settings.check_together(found)
+        found["target_modules"] = tuple(found["target_modules"])
+        found["double_quant"] = found["double_quant"] and found["load_in_4bit"]
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,7 @@ class Plan:
     limits. peak_bytes: the least memory in which the process survives, CUDA context included.
     error_bytes: how far off peak_bytes may be, either way. tight: fits, but with less headroom than that.
     step_seconds: a lower bound (roofline) for one optimizer step, 0 where the card's speed is not known.
+    folder: where the model was given as a folder, that folder.
     """
 
     model: str
@@ -94,6 +89,7 @@ class Plan:
     parameters: int = 0
     trainable_parameters: int = 0
     hf_id: str = ""
+    folder: str = ""
     gave_up: tuple[str, ...] = ()
     alternatives: tuple[Option, ...] = ()
     needed: Option | None = None
@@ -110,77 +106,76 @@ class Plan:
         return self.fits and self.headroom_bytes < self.error_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON- and TOML-ready; `from_dict` is its inverse."""
+        """JSON-ready; `from_dict` is its inverse."""
         data = asdict(self)
-        if data["needed"] is None:
-            del data["needed"]
         data["headroom_bytes"] = self.headroom_bytes
         data["tight"] = self.tight
         return json.loads(json.dumps(data))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, data: Any) -> Plan:
         """Raises UserError where the data is not a plan's."""
+        if not isinstance(data, Mapping):
+            raise UserError("not a plan written by `cruxy-triton plan --save`: it holds no JSON object")
         values = {k: v for k, v in data.items() if k not in ("headroom_bytes", "tight")}
         known = {f.name for f in fields(cls)}
-        extra, lacking = sorted(set(values) - known), sorted({"model", "card", "config"} - set(values))
-        if extra or lacking:
-            what = f"unknown keys {', '.join(extra)}" if extra else f"{', '.join(lacking)} missing"
-            raise UserError(f"not a plan written by `cruxy-triton plan --save`: {what}")
-        values["config"] = Configuration.from_dict(values["config"])
-        for key in ("gave_up", "notes"):
-            values[key] = tuple(values.get(key, ()))
-        values["alternatives"] = tuple(_option(x) for x in values.get("alternatives", ()))
-        values["needed"] = _option(values["needed"]) if values.get("needed") else None
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"not a whole plan: {str(error).partition('()')[2].strip()}") from None
+        if odd := sorted(set(values) ^ known):
+            raise UserError(
+                f"not a plan of this version of `cruxy-triton plan --save`: {', '.join(odd)} missing or unknown"
+            )
+        for f in fields(cls):
+            if not _is(values[f.name], str(f.type)):
+                raise UserError(f"not a plan written by `cruxy-triton plan --save`: {f.name} is no {f.type}")
+        values["config"] = Configuration.of(values["config"])
+        values["gave_up"], values["notes"] = tuple(values["gave_up"]), tuple(values["notes"])
+        values["alternatives"] = tuple(_option(x) for x in values["alternatives"])
+        values["needed"] = None if values["needed"] is None else _option(values["needed"])
+        return cls(**values)
 
     def save(self, path: str | Path) -> None:
-        """Write TOML, to a temporary name first."""
-        if not Path(path).parent.is_dir():
-            raise UserError(f"{path}: the folder {Path(path).parent} does not exist")
-        files.write_text(path, to_toml(self.to_dict()))
+        """Write JSON, to a temporary name first."""
+        path = Path(path)
+        if path.suffix == ".toml":
+            raise UserError(f"{path}: plans are saved as JSON; name it {path.with_suffix('.json')}")
+        if path.is_dir() or not path.parent.is_dir():
+            why = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+            raise UserError(f"{path}: {why}")
+        files.write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read what `save` wrote. Raises UserError where the file is missing or no plan."""
         path = Path(path)
+        again = f"make one with `cruxy-triton plan MODEL --save {path.with_suffix('.json')}`"
         if not path.is_file():
-            raise UserError(f"{path}: no such plan; make one with `cruxy-triton plan MODEL --save {path}`")
-        return cls.from_dict(read_toml(path))
+            raise UserError(f"{path}: no such plan; {again}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            kind = "a plan of an older version (TOML)" if path.suffix == ".toml" else f"not JSON ({error})"
+            raise UserError(f"{path}: {kind}; {again}") from None
+        try:
+            return cls.from_dict(data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; {again}") from None
+
+
+def _is(value: Any, annotation: str) -> bool:
+    """Whether a value read from JSON can be what a field of `Plan` is annotated with."""
+    if annotation == "dict[str, int]":
+        return isinstance(value, dict) and all(_is(x, "int") for x in value.values())
+    if annotation == "tuple[str, ...]":
+        return isinstance(value, list) and all(isinstance(x, str) for x in value)
+    if annotation == "tuple[Option, ...]":
+        return isinstance(value, list) and all(_is(x, "Option") for x in value)
+    if annotation == "Option | None":
+        return value is None or _is(value, "Option")
+    if annotation == "Option":
+        kinds = {"change": "str", "config": "Configuration", "peak_bytes": "int"}
+        return isinstance(value, dict) and value.keys() == kinds.keys() and all(_is(value[k], kinds[k]) for k in kinds)
+    kinds = {"str": str, "bool": bool, "int": int, "float": (int, float), "Configuration": dict}
+    return isinstance(value, kinds[annotation]) and (annotation == "bool" or not isinstance(value, bool))
 
 
 def _option(data: Mapping[str, Any]) -> Option:
-    return Option(data["change"], Configuration.from_dict(data["config"]), int(data["peak_bytes"]))
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value)  # TOML's basic strings take JSON's escapes
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    raise TypeError(f"no TOML form for {type(value).__name__}")
-
-
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
-
-
-def to_toml(data: Mapping[str, Any], prefix: str = "") -> str:
-    """TOML text of nested dicts, lists of dicts, lists, strings, numbers and booleans."""
-    plain, tables = [], []
-    for key, value in data.items():
-        name = f"{prefix}{_toml_key(key)}"
-        if isinstance(value, Mapping):
-            tables.append(f"\n[{name}]\n{to_toml(value, f'{name}.')}")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            tables += [f"\n[[{name}]]\n{to_toml(item, f'{name}.')}" for item in value]
-        else:
-            plain.append(f"{_toml_key(key)} = {_toml_value(value)}\n")
-    return "".join(plain) + "".join(tables)
+    return Option(data["change"], Configuration.of(data["config"]), data["peak_bytes"])

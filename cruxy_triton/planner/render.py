@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 
+from cruxy_triton import settings
 from cruxy_triton.planner.card import GiB, MiB
-from cruxy_triton.planner.footprint import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Plan
+from cruxy_triton.planner.search import describe_optimizer
 
 _BAR = 40  # characters for the usable memory
 _ORDER = (
     "weights",
-    "quantisation",
+    "quantization",
     "adapters",
     "gradients",
     "optimizer state",
@@ -23,11 +24,11 @@ _ORDER = (
 )
 _MEANING = {
     "weights": "base weights",
-    "quantisation": "4-bit scales",
+    "quantization": "4-bit scales",
     "adapters": "LoRA, float32",
     "activations": "kept and passing activations",
     "logits and loss": "head and cross-entropy",
-    "workspaces": "cuBLAS, dequantised weights, attention",
+    "workspaces": "cuBLAS, dequantized weights, attention",
     "allocator": "PyTorch's rounding and fragmentation",
     "context": "CUDA context",
 }
@@ -35,39 +36,29 @@ _MEANING = {
 
 def describe(config: Configuration) -> str:
     """One line: what a configuration is."""
-    base = config.precision + (" (double quantisation)" if config.double_quant else "")
+    base = config.precision + (" (double quantization)" if config.double_quant else "")
     if config.method == "full":
         learned = "full fine-tuning"
     else:
         learned = f"LoRA r={config.lora_r} on {', '.join(config.target_modules)}"
     return (
-        f"{base}, {config.max_seq_length} tokens, batch {config.batch_size} x {config.gradient_accumulation}, "
+        f"{base}, {config.max_seq_length} tokens, batch {config.micro_batch_size} x {config.gradient_accumulation}, "
         f"{learned}, checkpointing {'on' if config.gradient_checkpointing else 'off'}, "
-        f"{'chunked' if config.chunked_loss else 'stock'} loss, {config.attention} attention, {config.optimizer}"
+        f"{'chunked' if config.chunked_loss else 'stock'} loss, {config.attention} attention, "
+        f"{describe_optimizer(config)}"
     )
 
 
 def finetune_command(plan: Plan, plan_file: str | None = None) -> str:
-    """The `cruxy-triton finetune` line that runs the plan; with `plan_file` it names that file instead."""
-    model = plan.hf_id or plan.model
-    words = ["cruxy-triton", "finetune", model, "--data", "train.jsonl"]
+    """The `cruxy-triton finetune` line that runs the plan; with `plan_file` it names that file instead.
+
+    Every setting of the plan is in it that is not finetune's own default. MODEL stands where the plan was made for
+    dimensions alone.
+    """
+    words = ["cruxy-triton", "finetune", plan.folder or plan.hf_id or "MODEL", "--data", "train.jsonl"]
     if plan_file is not None:
         return shlex.join([*words, "--plan", plan_file])
-    c = plan.config
-    words += ["--max-seq-length", str(c.max_seq_length)]
-    words += ["--batch-size", str(c.batch_size * c.gradient_accumulation)]
-    words += ["--micro-batch-size", str(c.batch_size)]
-    if c.precision == "nf4":
-        words.append("--load-in-4bit")
-        if not c.double_quant:
-            words.append("--no-double-quant")
-    words += ["--lora-r", str(c.lora_r), "--lora-alpha", str(c.lora_alpha)]
-    words += ["--target-modules", *c.target_modules]
-    words.append("--gradient-checkpointing" if c.gradient_checkpointing else "--no-gradient-checkpointing")
-    if c.optimizer in FINETUNE_OPTIMIZERS:
-        name, bits = FINETUNE_OPTIMIZERS[c.optimizer]
-        words += ["--optimizer", name, *(["--state-bits", "8"] if bits == 8 else [])]
-    return shlex.join(words)
+    return shlex.join(words + settings.command_words(vars(plan.config)))
 
 
 def _line(label: str, size: int, whole: int, note: str = "") -> str:
@@ -131,4 +122,6 @@ def render(plan: Plan, plan_file: str | None = None) -> str:
         )
     if plan.fits and c.method == "lora":
         lines += ["", finetune_command(plan, plan_file)]
+    elif plan.fits:
+        lines += ["", "finetune cannot run this yet: it trains LoRA adapters, not every weight"]
     return "\n".join(lines)

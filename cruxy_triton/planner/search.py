@@ -7,50 +7,27 @@ settings decide whether it is possible at all; the fastest settings that fit are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cruxy_triton import settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.card import Card, GiB, MiB, card_names, load_card
-from cruxy_triton.planner.footprint import OPTIMIZERS, Footprint, Step, footprint, walk
+from cruxy_triton.planner.footprint import Footprint, footprint
+from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.replay import OutOfMemory, replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape, load_model
 from cruxy_triton.planner.speed import step_seconds
+from cruxy_triton.planner.step import Step
+from cruxy_triton.planner.walk import walk
 
-LENGTHS = (1024, 768, 512, 384, 256, 128)  # tried in this order where no sequence length is asked for
-EFFECTIVE_BATCH = 8  # sequences an optimizer step, where neither batch nor accumulation is asked for
-MICRO_BATCHES = (8, 4, 2, 1)
-SEARCHED_OPTIMIZERS = ("adamw-fp32", "lion-fp32", "lion-8bit")
-
-_PRECISIONS = {
-    "float16": "float16", "fp16": "float16", "half": "float16",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float32": "float32", "fp32": "float32",
-    "nf4": "nf4", "4bit": "nf4", "int4": "nf4",
-}  # fmt: skip
-ATTENTIONS = ("flash", "efficient", "eager", "math", "sdpa-cpu")
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """What the caller pinned; None is open."""
-
-    seq: int | None
-    batch: int | None
-    precision: str | None
-    double_quant: bool | None
-    lora_r: int | None
-    targets: tuple[str, ...] | None
-    checkpointing: bool | None
-    chunked_loss: bool | None
-    attention: str | None
-    optimizer: str | None
-    accumulation: int | None
-    lora_dropout: float
-    method: str
+LENGTHS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64)  # tokens, where one is looked for
+DEFAULT_LENGTH = 1024  # the longest that is tried where none is asked for
+LARGEST_MICRO_BATCH = 32
+SEARCHED_OPTIMIZERS = (("cruxy", 32), ("cruxy-lion", 32), ("cruxy-lion", 8))  # with their state's bits, best first
 
 
 class _Judge:
@@ -139,12 +116,18 @@ def error_bytes(allocated: int, card: Card, attention: str, full: bool = False) 
     return int(share * allocated) + card.context_error_bytes
 
 
+def codec_of(config: Configuration) -> str:
+    """The planner's name for the optimizer and the state that it keeps."""
+    kept = (config.optimizer, config.state_bits)
+    return next(codec for codec, names in FINETUNE_OPTIMIZERS.items() if names == kept)
+
+
 def step_of(shape: ModelShape, card: Card, config: Configuration) -> Step:
     """The `Step` that `cruxy-triton finetune` runs for `config` on `card`."""
-    half = card.device == "cuda" and config.precision != "float32"
+    half = card.device == "cuda" and config.dtype != "float32"
     return Step(
         shape=shape,
-        batch=config.batch_size,
+        batch=config.micro_batch_size,
         seq=config.max_seq_length,
         precision=config.precision,
         double_quant=config.double_quant,
@@ -154,7 +137,7 @@ def step_of(shape: ModelShape, card: Card, config: Configuration) -> Step:
         checkpointing=config.gradient_checkpointing,
         chunked_loss=config.chunked_loss,
         attention=config.attention,
-        optimizer=config.optimizer,
+        optimizer=codec_of(config),
         accumulation=config.gradient_accumulation,
         device=card.device,
         cublas_workspace=card.cublas_workspace_bytes,
@@ -164,192 +147,162 @@ def step_of(shape: ModelShape, card: Card, config: Configuration) -> Step:
     )
 
 
-# -- the wish ----------------------------------------------------------------------------------------
+# -- what may be chosen ------------------------------------------------------------------------------
 
 
-def _count(value: int | None, name: str, most: int) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{name} must be a whole number, not {value!r}")
-    if not 1 <= value <= most:
-        raise UserError(f"{name} must be between 1 and {most}, not {value}")
-    return value
+def pinned(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are given, checked; None is open. Raises UserError for one that is no setting of a plan."""
+    found = {}
+    for name, value in given.items():
+        if name not in settings.CONFIGURES or name in ("device", "vram_bytes"):
+            near = settings.suggestion(name, settings.CONFIGURES)
+            raise UserError(f"{name} is no setting of a plan; expected one of {', '.join(settings.CONFIGURES)}{near}")
+        if value is not None:
+            found[name] = settings.SETTINGS[name].check(value)
+    settings.check_together(found)
+    return found
 
 
-def _wish(shape: ModelShape, card: Card, given: Mapping[str, Any]) -> _Wish:
-    seq = _count(given["seq"], "seq", 10**7)
-    if seq is not None and seq > shape.max_position_embeddings:
-        raise UserError(f"seq {seq} is beyond {shape.name}'s maximum of {shape.max_position_embeddings} positions")
-    if seq == 1:
-        raise UserError("seq must be at least 2: a token and the one to predict from it")
-    precision = given["precision"]
-    if precision is not None:
-        if str(precision).lower() not in _PRECISIONS:
-            raise UserError(f"unknown precision {precision!r}; expected {', '.join(sorted(set(_PRECISIONS.values())))}")
-        precision = _PRECISIONS[str(precision).lower()]
-        if precision == "bfloat16" and card.device == "cuda" and not card.bf16:
+class _Space:
+    """The choices that `given` leaves open: each list best first and most frugal last, of one where it is pinned."""
+
+    def __init__(self, shape: ModelShape, card: Card, given: Mapping[str, Any], longest: int | None):
+        self.shape, self.card = shape, card
+        self.given = pinned(given)
+        self.method = self._value("method")
+        if (length := self.given.get("max_seq_length") or 0) > shape.max_position_embeddings:
             raise UserError(
-                f"{card.name} has no bfloat16 (compute capability {card.capability[0]}.{card.capability[1]}, "
-                "8.0 needed); use float16 or nf4"
+                f"--max-seq-length {length} is beyond {shape.name}'s maximum of {shape.max_position_embeddings} "
+                "positions"
             )
-    attention = given["attention"]
-    if attention is not None:
-        if attention not in ATTENTIONS:
-            raise UserError(f"unknown attention {attention!r}; expected one of {', '.join(ATTENTIONS)}")
-        if attention not in card.attention_kinds:
-            raise UserError(
-                f"attention {attention!r} does not run on {card.name}; it has {', '.join(card.attention_kinds)}"
+        self.lengths = self._lengths(longest or shape.max_position_embeddings)
+        self.weights = self._weights()
+        self.adapters = self._adapters() if self.method == "lora" else [(0, ())]
+        self.optimizers = self._optimizers()
+        self.checkpointing = self._open("gradient_checkpointing", [False, True])
+        self.batch_size = self._value("batch_size")
+        divisors = [n for n in range(LARGEST_MICRO_BATCH, 0, -1) if self.batch_size % n == 0]
+        self.micro_batches = self._open("micro_batch_size", divisors)
+        settings.check_together({"batch_size": self.batch_size, "micro_batch_size": self.micro_batches[0]})
+        self.attention = self._attention()
+
+    def pins(self, name: str) -> bool:
+        return name in self.given
+
+    def _value(self, name: str) -> Any:
+        return self.given.get(name, settings.SETTINGS[name].default)
+
+    def _open(self, name: str, choices: list[Any]) -> list[Any]:
+        return [self.given[name]] if self.pins(name) else choices
+
+    def _lengths(self, longest: int) -> list[int]:
+        wanted = max(8, min(longest, self.shape.max_position_embeddings, DEFAULT_LENGTH))
+        return self._open("max_seq_length", [wanted, *shorter(wanted)])
+
+    def _weights(self) -> list[tuple[str, bool, bool]]:
+        """(dtype, 4-bit, double quantization)."""
+        asked, card = self._value("dtype"), self.card
+        dtype = settings.resolve_dtype(asked, card.device, card.capability)
+        dtypes = [dtype]
+        if self.method == "full" and asked == "auto" and card.device == "cuda":
+            dtypes = ["float32", "bfloat16"] if card.bf16 else ["float32"]
+        plain = [(name, False, False) for name in dtypes]
+        quantized = [(dtype, True, double) for double in self._open("double_quant", [False, True])]
+        if self.given.get("load_in_4bit"):
+            if dtype == "float32" and card.device == "cuda":
+                raise UserError("--load-in-4bit computes in 16 bits on a GPU; leave --dtype float32 out")
+            return quantized
+        searched = dtype != "float32" and card.device == "cuda" and self.method == "lora"
+        return plain + quantized if searched and not self.pins("load_in_4bit") else plain
+
+    def _adapters(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(rank, targets): all linear layers, then attention, then q and v."""
+        names = self.shape.family.names
+        rank = settings.SETTINGS["lora_r"].default
+        ladder = [(rank, names), (rank // 2, names), (rank // 2, names[:4]), (rank // 4, (names[0], names[2]))]
+        if self.pins("target_modules"):
+            targets = self.given["target_modules"]
+            wrong = [name for name in targets if name not in (*names, settings.ALL_LINEAR)]
+            if wrong:
+                raise UserError(
+                    f"--target-modules: unknown LoRA targets {', '.join(wrong)}; {self.shape.name} has "
+                    f"{', '.join(names)}"
+                )
+            chosen = names if targets == [settings.ALL_LINEAR] else tuple(n for n in names if n in targets)
+            ladder = [(r, chosen) for r, _ in ladder]
+        if self.pins("lora_r"):
+            ladder = [(self.given["lora_r"], targets) for _, targets in ladder]
+        return list(dict.fromkeys(ladder))
+
+    def _optimizers(self) -> list[tuple[str, int]]:
+        if not self.pins("optimizer"):
+            found = [(name, bits) for name, bits in SEARCHED_OPTIMIZERS]
+        else:
+            found = [(self.given["optimizer"], bits) for bits in settings.STATE_BITS[self.given["optimizer"]]]
+        return [(name, bits) for name, bits in found if bits == self.given.get("state_bits", bits)]
+
+    def _attention(self) -> str:
+        asked = self.given.get("attention")
+        kind = self.card.attention(asked)
+        if self.shape.family.sdpa or kind == "eager":
+            return kind
+        if asked is not None:
+            raise UserError(f"{self.shape.name} caps its attention scores, which only eager attention can")
+        return "eager"
+
+    def options(self, length: int, weights: tuple[str, bool, bool], adapter: tuple) -> list[Configuration]:
+        """The optimizer's state, then settings that change speed but not the result: best first, most frugal last."""
+        return [
+            Configuration(
+                max_seq_length=length,
+                dtype=weights[0],
+                load_in_4bit=weights[1],
+                double_quant=weights[2],
+                device=self.card.device,
+                vram_bytes=self.card.budget_bytes,
+                attention=self.attention,
+                gradient_checkpointing=checkpointing,
+                chunked_loss=self._value("chunked_loss"),
+                method=self.method,
+                lora_r=adapter[0],
+                lora_alpha=self.alpha(adapter[0]),
+                lora_dropout=self._value("lora_dropout") if self.method == "lora" else 0.0,
+                target_modules=adapter[1],
+                optimizer=optimizer,
+                state_bits=bits,
+                batch_size=self.batch_size,
+                micro_batch_size=micro_batch,
             )
-        if attention != "eager" and not shape.family.sdpa:
-            raise UserError(f"{shape.name} caps its attention scores, which only eager attention can")
-    optimizer = given["optimizer"]
-    if optimizer is not None and optimizer not in OPTIMIZERS:
-        raise UserError(f"unknown optimizer {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
-    targets = given["targets"]
-    if targets is not None:
-        names = shape.family.names
-        if isinstance(targets, str):
-            targets = names if targets in ("all", "all-linear") else targets.split(",")
-        targets = tuple(dict.fromkeys(t.strip() for t in targets))
-        wrong = [t for t in targets if t not in names]
-        if wrong or not targets:
-            raise UserError(f"unknown LoRA targets {', '.join(wrong) or '(none)'}; {shape.name} has {', '.join(names)}")
-        targets = tuple(n for n in names if n in targets)
-    method = given["method"]
-    if method not in ("lora", "full"):
-        raise UserError(f"unknown method {method!r}; expected lora or full")
-    if method == "full" and precision == "nf4":
-        raise UserError("4-bit weights cannot learn; full fine-tuning needs float32 or bfloat16")
-    if method == "full" and precision == "float16":
-        raise UserError(
-            "full fine-tuning of float16 weights does not work with a GradScaler (its gradients would be float16); "
-            "use float32, or bfloat16 on compute capability 8.0 and later"
-        )
-    dropout = given["lora_dropout"]
-    if not 0 <= dropout < 1:
-        raise UserError(f"lora_dropout must be in [0, 1), not {dropout}")
-    return _Wish(
-        seq=seq,
-        batch=_count(given["batch"], "batch", 4096),
-        precision=precision,
-        double_quant=given["double_quant"],
-        lora_r=_count(given["lora_r"], "lora_r", 4096),
-        targets=targets,
-        checkpointing=given["checkpointing"],
-        chunked_loss=given["chunked_loss"],
-        attention=attention,
-        optimizer=optimizer,
-        accumulation=_count(given["accumulation"], "accumulation", 10**6),
-        lora_dropout=dropout,
-        method=method,
-    )
+            for optimizer, bits in self.optimizers
+            for checkpointing in self.checkpointing
+            for micro_batch in self.micro_batches
+        ]
+
+    def alpha(self, rank: int) -> float:
+        return self.given.get("lora_alpha", 2 * rank) if rank else 0
+
+    def frugal(self, config: Configuration, **changes: Any) -> Configuration:
+        """`config` with `changes`, and of what only costs speed the settings that take least memory."""
+        least = {"gradient_checkpointing": self.checkpointing[-1], "micro_batch_size": self.micro_batches[-1]}
+        return replace(config, **{**least, **changes})
+
+    def least(self) -> Configuration:
+        """The configuration that takes least memory of all."""
+        return self.options(self.lengths[-1], self.weights[-1], self.adapters[-1])[-1]
 
 
-# -- the choices, best first -------------------------------------------------------------------------
+def shorter(length: int, least: int = 0) -> list[int]:
+    return [n for n in LENGTHS if least <= n < length]
 
 
-def _lengths(shape: ModelShape, wish: _Wish) -> tuple[int, ...]:
-    if wish.seq is not None:
-        return (wish.seq,)
-    return tuple(n for n in LENGTHS if n <= shape.max_position_embeddings) or (shape.max_position_embeddings,)
-
-
-def _precisions(card: Card, wish: _Wish) -> list[tuple[str, bool]]:
-    """(precision, double quantisation), best first."""
-    doubles = [wish.double_quant] if wish.double_quant is not None else [False, True]
-    if wish.precision is not None:
-        return [(wish.precision, d) for d in doubles] if wish.precision == "nf4" else [(wish.precision, False)]
-    if card.device == "cpu":
-        return [("float32", False)]
-    if wish.method == "full":
-        return [("float32", False), ("bfloat16", False)] if card.bf16 else [("float32", False)]
-    return [("bfloat16" if card.bf16 else "float16", False), *(("nf4", d) for d in doubles)]
-
-
-def _adapters(shape: ModelShape, wish: _Wish) -> list[tuple[int, tuple[str, ...]]]:
-    """(rank, targets), best first: all linear layers, then attention, then q and v."""
-    names = shape.family.names
-    every, attention, least = names, names[:4], (names[0], names[2])
-    ladder = [(16, every), (8, every), (8, attention), (4, least)]
-    if wish.targets is not None:
-        ladder = [(r, wish.targets) for r in (16, 8, 4)]
-    if wish.lora_r is not None:
-        ladder = [(wish.lora_r, t) for _, t in ladder]
-    return list(dict.fromkeys(ladder))
-
-
-def _batches(wish: _Wish) -> list[tuple[int, int]]:
-    """(micro batch, accumulation), fastest first."""
-    if wish.batch is not None:
-        if wish.accumulation is not None:
-            return [(wish.batch, wish.accumulation)]
-        return [(wish.batch, max(1, EFFECTIVE_BATCH // wish.batch))]
-    if wish.accumulation is not None:
-        return [(b, wish.accumulation) for b in MICRO_BATCHES]
-    return [(b, EFFECTIVE_BATCH // b) for b in MICRO_BATCHES]
-
-
-def _open(pinned: Any, options: Sequence[Any]) -> Sequence[Any]:
-    return options if pinned is None else (pinned,)
-
-
-def _attentions(shape: ModelShape, card: Card, wish: _Wish) -> Sequence[str]:
-    if wish.attention is not None:
-        return (wish.attention,)
-    return card.attention_kinds[:1] if shape.family.sdpa else ("eager",)
-
-
-def _speeds(shape: ModelShape, card: Card, wish: _Wish, base: Configuration) -> list[Configuration]:
-    """The optimizer's state, then settings that change speed but not the result: best first, most frugal last."""
-    return [
-        replace(
-            base,
-            batch_size=batch,
-            gradient_accumulation=accumulation,
-            gradient_checkpointing=checkpointing,
-            chunked_loss=wish.chunked_loss is not False,
-            optimizer=optimizer,
-        )
-        for optimizer in _open(wish.optimizer, SEARCHED_OPTIMIZERS)
-        for checkpointing in _open(wish.checkpointing, (False, True))
-        for batch, accumulation in _batches(wish)
-    ]
-
-
-def _base(shape: ModelShape, card: Card, wish: _Wish, seq: int, precision, adapter) -> Configuration:
-    rank, targets = adapter
-    return Configuration(
-        precision=precision[0],
-        double_quant=precision[1],
-        max_seq_length=seq,
-        batch_size=1,
-        gradient_accumulation=1,
-        lora_r=rank if wish.method == "lora" else 0,
-        lora_alpha=2 * rank if wish.method == "lora" else 0,
-        target_modules=targets if wish.method == "lora" else (),
-        lora_dropout=wish.lora_dropout if wish.method == "lora" else 0.0,
-        gradient_checkpointing=True,
-        chunked_loss=True,
-        attention=_attentions(shape, card, wish)[0],
-        optimizer=SEARCHED_OPTIMIZERS[0],
-        method=wish.method,
-    )
-
-
-def _search(judge: _Judge, wish: _Wish, margin: bool) -> Configuration | None:
+def _search(judge: _Judge, space: _Space, margin: bool) -> Configuration | None:
     """The first configuration, in order of preference, that fits."""
-    shape, card = judge.shape, judge.card
-    adapters = _adapters(shape, wish)
-    if wish.method == "full":
-        adapters = adapters[:1]
-    for seq in _lengths(shape, wish):
-        for precision in _precisions(card, wish):
-            least = _base(shape, card, wish, seq, precision, adapters[-1])
-            if not judge.fits(_speeds(shape, card, wish, least)[-1], margin):
+    for length in space.lengths:
+        for weights in space.weights:
+            if not judge.fits(space.options(length, weights, space.adapters[-1])[-1], margin):
                 continue  # not even the smallest adapters fit at this length and precision
-            for adapter in adapters:
-                options = _speeds(shape, card, wish, _base(shape, card, wish, seq, precision, adapter))
+            for adapter in space.adapters:
+                options = space.options(length, weights, adapter)
                 if judge.fits(options[-1], margin):
                     return _fastest(judge, options, margin)
     return None
@@ -358,8 +311,8 @@ def _search(judge: _Judge, wish: _Wish, margin: bool) -> Configuration | None:
 def _fastest(judge: _Judge, options: list[Configuration], margin: bool) -> Configuration:
     """The first of `options` that fits; their last one does. A group whose most frugal member fails is skipped."""
 
-    def group(config: Configuration) -> tuple[str, bool]:
-        return config.optimizer, config.gradient_checkpointing
+    def group(config: Configuration) -> tuple[str, int, bool]:
+        return config.optimizer, config.state_bits, config.gradient_checkpointing
 
     frugal = {group(option): option for option in options}
     for option in options:
@@ -385,71 +338,67 @@ def describe_adapters(shape: ModelShape, config: Configuration) -> str:
     return f"rank {config.lora_r} on {which}"
 
 
-def _traded(judge: _Judge, wish: _Wish, config: Configuration) -> tuple[str, ...]:
+def describe_optimizer(config: Configuration) -> str:
+    return config.optimizer + (f" {config.state_bits}-bit" if config.state_bits != 32 else "")
+
+
+def _traded(judge: _Judge, space: _Space, config: Configuration) -> tuple[str, ...]:
     """What the chosen configuration gave up against the best one, and what that would have taken."""
-    shape, card = judge.shape, judge.card
 
     def needs(other: Configuration) -> str:
         need = judge.footprint(other).peak_allocated + judge.error(other)
         return f"{_gib(need + judge.card.context_bytes)} needed with its error bar, {_gib(judge.usable)} usable"
 
     lines = []
-    best_seq, best_precision = _lengths(shape, wish)[0], _precisions(card, wish)[0][0]
-    best_adapter = _adapters(shape, wish)[0]
-    frugal = replace(config, batch_size=wish.batch or 1, gradient_checkpointing=wish.checkpointing is not False)
-    if config.max_seq_length < best_seq:
-        lines.append(
-            f"sequence length {best_seq} -> {config.max_seq_length}: {needs(replace(frugal, max_seq_length=best_seq))}"
-        )
-    if config.precision != best_precision:
-        other = replace(frugal, precision=best_precision, double_quant=False)
-        lines.append(f"{best_precision} base weights -> {config.precision}: {needs(other)}")
-    if config.double_quant and wish.double_quant is None:
-        lines.append(f"single -> double quantisation: {needs(replace(frugal, double_quant=False))}")
-    if config.method == "lora" and (config.lora_r, config.target_modules) != best_adapter:
-        other = replace(frugal, lora_r=best_adapter[0], target_modules=best_adapter[1])
-        lines.append(f"{describe_adapters(shape, other)} -> {describe_adapters(shape, config)}: {needs(other)}")
-    if config.gradient_checkpointing and wish.checkpointing is None:
-        other = replace(config, gradient_checkpointing=False, batch_size=wish.batch or 1)
+    best_length, (best_dtype, best_4bit, _) = space.lengths[0], space.weights[0]
+    best_adapter, best_optimizer = space.adapters[0], space.optimizers[0]
+    if config.max_seq_length < best_length:
+        other = space.frugal(config, max_seq_length=best_length)
+        lines.append(f"sequence length {best_length} -> {config.max_seq_length}: {needs(other)}")
+    best = space.frugal(config, dtype=best_dtype, load_in_4bit=best_4bit, double_quant=False)
+    if config.precision != best.precision:
+        lines.append(f"{best.precision} base weights -> {config.precision}: {needs(best)}")
+    if config.double_quant and not space.pins("double_quant"):
+        lines.append(f"single -> double quantization: {needs(space.frugal(config, double_quant=False))}")
+    if (config.lora_r, config.target_modules) != best_adapter:
+        other = space.frugal(config, lora_r=best_adapter[0], target_modules=best_adapter[1])
+        what = f"{describe_adapters(space.shape, other)} -> {describe_adapters(space.shape, config)}"
+        lines.append(f"{what}: {needs(other)}")
+    if config.gradient_checkpointing and not space.checkpointing[0]:
+        other = space.frugal(config, gradient_checkpointing=False)
         if not judge.surely_fits(other):
             lines.append(f"speed (about a third of the step): gradient checkpointing is on; without it {needs(other)}")
-    if config.optimizer != SEARCHED_OPTIMIZERS[0] and wish.optimizer is None:
-        other = replace(frugal, optimizer=SEARCHED_OPTIMIZERS[0])
-        lines.append(f"optimizer {SEARCHED_OPTIMIZERS[0]} -> {config.optimizer}: {needs(other)}")
+    if (config.optimizer, config.state_bits) != best_optimizer:
+        other = space.frugal(config, optimizer=best_optimizer[0], state_bits=best_optimizer[1])
+        lines.append(f"optimizer {describe_optimizer(other)} -> {describe_optimizer(config)}: {needs(other)}")
     return tuple(lines)
 
 
-def _alternatives(judge: _Judge, wish: _Wish, config: Configuration) -> tuple[Option, ...]:
+def _alternatives(judge: _Judge, space: _Space, config: Configuration) -> tuple[Option, ...]:
     """Two other configurations that fit: longer sequences, better precision, or a faster step."""
-    card = judge.card
     found: list[tuple[str, Configuration]] = []
-    frugal = replace(
-        config,
-        gradient_checkpointing=True if wish.checkpointing is None else config.gradient_checkpointing,
-        batch_size=wish.batch or 1,
-        gradient_accumulation=wish.accumulation or max(1, EFFECTIVE_BATCH // (wish.batch or 1)),
-    )
-    if config.precision == "nf4" and wish.precision is None:
-        best = _precisions(card, wish)[0]
-        for seq in (n for n in (512, 384, 256, 128) if n < config.max_seq_length):
-            other = replace(frugal, precision=best[0], double_quant=False, max_seq_length=seq)
+    frugal = space.frugal(config)
+    if config.load_in_4bit and not space.pins("load_in_4bit"):
+        dtype, _, double = space.weights[0]
+        for length in shorter(config.max_seq_length, 128):
+            other = replace(frugal, dtype=dtype, load_in_4bit=False, double_quant=double, max_seq_length=length)
             if judge.surely_fits(other):
-                found.append((f"{best[0]} base weights at sequence length {seq}", other))
+                found.append((f"{dtype} base weights at sequence length {length}", other))
                 break
-    if config.precision not in ("nf4", "float32") and wish.precision is None and config.method == "lora":
-        other = replace(config, precision="nf4", double_quant=True)
+    if not config.load_in_4bit and space.weights[-1][1]:
+        other = replace(config, load_in_4bit=True, double_quant=space.weights[-1][2])
         found.append(("4-bit base weights: less memory, a slower step", other))
     longest = _longest(judge, frugal)
-    if longest > config.max_seq_length and longest != frugal.max_seq_length:
+    if longest > config.max_seq_length:
         found.append((f"sequence length {longest}, the longest that fits", replace(frugal, max_seq_length=longest)))
-    if config.gradient_checkpointing and wish.checkpointing is None:
-        for seq in (n for n in LENGTHS if n < config.max_seq_length):
-            other = replace(frugal, gradient_checkpointing=False, max_seq_length=seq)
+    if config.gradient_checkpointing and not space.checkpointing[0]:
+        for length in shorter(config.max_seq_length, 128):
+            other = replace(frugal, gradient_checkpointing=False, max_seq_length=length)
             if judge.surely_fits(other):
-                found.append((f"no gradient checkpointing at sequence length {seq}: a faster step", other))
+                found.append((f"no gradient checkpointing at sequence length {length}: a faster step", other))
                 break
-    if config.method == "lora" and config.lora_r > 4 and wish.lora_r is None:
-        other = replace(config, lora_r=config.lora_r // 2, lora_alpha=config.lora_alpha // 2)
+    if config.lora_r > 4 and not space.pins("lora_r"):
+        other = replace(config, lora_r=config.lora_r // 2, lora_alpha=space.alpha(config.lora_r // 2))
         found.append((f"rank {other.lora_r}: fewer trainable parameters", other))
     return tuple(Option(text, c, judge.about(c)) for text, c in found[:2] if judge.fits(c, margin=False))
 
@@ -466,33 +415,35 @@ def _longest(judge: _Judge, config: Configuration) -> int:
     return low * 128
 
 
-def _needed(judge: _Judge, wish: _Wish, nearest: Configuration) -> Option:
+def _needed(judge: _Judge, space: _Space, nearest: Configuration) -> Option:
     """Nothing fits: the one change that would do it, from the cheapest to a larger card."""
+    card, half = judge.card, settings.resolve_dtype("auto", judge.card.device, judge.card.capability)
+    quantized = {"dtype": half, "load_in_4bit": True, "double_quant": True}
     changes: list[tuple[str, Configuration]] = []
-    if wish.precision not in (None, "nf4") and judge.card.device == "cuda" and wish.method == "lora":
-        changes.append(("--precision nf4", replace(nearest, precision="nf4", double_quant=True)))
-    if wish.checkpointing is False:
-        changes.append(("gradient checkpointing on", replace(nearest, gradient_checkpointing=True)))
-    if wish.chunked_loss is False:
-        changes.append(("the chunked loss", replace(nearest, chunked_loss=True)))
-    if wish.attention in ("eager", "math") and judge.shape.family.sdpa:
-        best = judge.card.attention_kinds[0]
+    if not nearest.load_in_4bit and card.device == "cuda" and space.method == "lora":
+        changes.append(("--load-in-4bit", replace(nearest, **quantized)))
+    if not nearest.gradient_checkpointing:
+        changes.append(("--gradient-checkpointing", replace(nearest, gradient_checkpointing=True)))
+    if not nearest.chunked_loss:
+        changes.append(("--chunked-loss", replace(nearest, chunked_loss=True)))
+    if nearest.attention in ("eager", "math") and space.shape.family.sdpa:
+        best = card.attention_kinds[0]
         changes.append((f"--attention {best}", replace(nearest, attention=best)))
-    if wish.batch not in (None, 1):
-        changes.append(("--batch 1", replace(nearest, batch_size=1)))
-    if wish.optimizer not in (None, "lion-8bit"):
-        changes.append(("--optimizer lion-8bit", replace(nearest, optimizer="lion-8bit")))
-    if wish.lora_r is not None and wish.lora_r > 4:
-        changes.append(("--lora-r 4", replace(nearest, lora_r=4, lora_alpha=8)))
-    if wish.method == "full":
-        names = judge.shape.family.names
-        lora = replace(nearest, method="lora", lora_r=8, lora_alpha=16, target_modules=names)
-        precision = "bfloat16" if judge.card.bf16 else "float16"
-        changes.append(("LoRA instead of full fine-tuning", replace(lora, precision=precision)))
-        changes.append(("QLoRA instead of full fine-tuning", replace(lora, precision="nf4", double_quant=True)))
-    if wish.seq is not None:
-        for seq in (n for n in (4096, 3072, 2048, 1536, *LENGTHS, 64) if n < wish.seq):
-            changes.append((f"--seq {seq}", replace(nearest, max_seq_length=seq)))
+    if nearest.micro_batch_size > 1:
+        changes.append(("--micro-batch-size 1", replace(nearest, micro_batch_size=1)))
+    if (nearest.optimizer, nearest.state_bits) != ("cruxy-lion", 8):
+        other = replace(nearest, optimizer="cruxy-lion", state_bits=8)
+        changes.append((f"--optimizer {other.optimizer} --state-bits 8", other))
+    if space.pins("lora_r") and nearest.lora_r > 4:
+        changes.append(("--lora-r 4", replace(nearest, lora_r=4, lora_alpha=space.alpha(4))))
+    if space.method == "full":
+        lora = replace(nearest, method="lora", lora_r=8, lora_alpha=16, target_modules=space.shape.family.names)
+        changes.append(("LoRA instead of full fine-tuning", replace(lora, dtype=half)))
+        if card.device == "cuda":
+            changes.append(("QLoRA instead of full fine-tuning", replace(lora, **quantized)))
+    if space.pins("max_seq_length"):
+        for length in shorter(nearest.max_seq_length):
+            changes.append((f"--max-seq-length {length}", replace(nearest, max_seq_length=length)))
     for text, config in changes:
         if judge.fits(config):
             return Option(text, config, judge.about(config))
@@ -514,48 +465,37 @@ def plan(
     model: str | Path | Mapping[str, Any] | ModelShape,
     card: str | int | Path | Card,
     *,
-    seq: int | None = None,
-    batch: int | None = None,
-    precision: str | None = None,
-    double_quant: bool | None = None,
-    lora_r: int | None = None,
-    targets: str | Sequence[str] | None = None,
-    checkpointing: bool | None = None,
-    chunked_loss: bool | None = None,
-    attention: str | None = None,
-    optimizer: str | None = None,
     os: str | None = None,
-    accumulation: int | None = None,
-    lora_dropout: float = 0.0,
-    method: str = "lora",
+    longest: int | None = None,
+    margin: bool = True,
     alternatives: bool = True,
+    **given: Any,
 ) -> Plan:
     """Whether `model` trains on `card`, and the best way to do it.
 
     model: a profile's name, a Hugging Face id, a folder, a config.json, a parsed config or a `ModelShape`.
     card: a profile's name or file, "auto", a `Card`, or a budget (bytes, or "4GiB"); `Card.cpu(ram)` for a CPU.
-    seq and batch: tokens and sequences of one forward pass. What is given stays as given; None is searched over.
     os: "linux" (no desktop), "linux-desktop" or "windows"; decides how much of a profile's memory is usable.
+    longest: tokens of the longest record, where no `max_seq_length` is given.
+    margin: prefer what fits with the error bar's width to spare, at the cost of the length; False takes the first
+    choice that fits at all.
     alternatives: also look for two other configurations (costs a few tenths of a second).
+    given: settings of `cruxy_triton.settings` by name (`max_seq_length=1024`), which stay as they are; a setting that
+    is not given, or None, is searched over where the planner searches it, else at its default.
 
     Raises UserError (a ValueError) for anything unknown or impossible. Imports no torch.
     """
     shape = load_model(model)
     device = load_card(card)
-    wish = _wish(shape, device, locals())
+    space = _Space(shape, device, given, longest)
     judge = _Judge(shape, device, os)
-    config = _search(judge, wish, margin=True)
-    margin = config is not None
-    config = config or _search(judge, wish, margin=False)
+    config = (_search(judge, space, margin=True) if margin else None) or _search(judge, space, margin=False)
     fits = config is not None
-    if config is None:
-        seqs, precisions = _lengths(shape, wish), _precisions(device, wish)
-        nearest = _base(shape, device, wish, seqs[-1], precisions[-1], _adapters(shape, wish)[-1])
-        config = _speeds(shape, device, wish, nearest)[-1]
+    config = config or space.least()
     found = judge.footprint(config)
     allocated, reserved, pool = judge.memory(config)
     if fits:  # the bisection stops some MiB short of what the search has seen survive
-        pool = min(pool, judge.room(config, margin))
+        pool = min(pool, judge.room(config, margin=judge.fits(config)))
     components = dict(found.components)
     if device.context_bytes:
         components["context"] = device.context_bytes
@@ -565,6 +505,7 @@ def plan(
     return Plan(
         model=shape.name,
         hf_id=shape.hf_id,
+        folder=_folder(model),
         card=device.name,
         os="any" if "any" in device.usable else os or "linux",
         fits=fits,
@@ -580,11 +521,20 @@ def plan(
         step_seconds=step_seconds(judge.step(config), device),
         parameters=shape.parameters,
         trainable_parameters=judge.step(config).trainable_parameters(),
-        gave_up=_traded(judge, wish, config) if fits else (),
-        alternatives=_alternatives(judge, wish, config) if fits and alternatives else (),
-        needed=None if fits else _needed(judge, wish, config),
+        gave_up=_traded(judge, space, config) if fits else (),
+        alternatives=_alternatives(judge, space, config) if fits and alternatives else (),
+        needed=None if fits else _needed(judge, space, config),
         notes=_notes(shape, device, os, config),
     )
+
+
+def _folder(model: Any) -> str:
+    """The folder that a model was given as, or whose config.json was; empty for a name."""
+    if not isinstance(model, (str, Path)):
+        return ""
+    path = Path(model).expanduser()
+    folder = path.parent if path.name == "config.json" else path
+    return str(folder.resolve()) if folder.is_dir() else ""
 
 
 def _notes(shape: ModelShape, card: Card, system: str | None, config: Configuration) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ how much was not measured on any card yet, so the figure is stated as "at best".
 from __future__ import annotations
 
 from cruxy_triton.planner.card import Card
-from cruxy_triton.planner.footprint import BYTES, OPTIMIZERS, Step
+from cruxy_triton.planner.optimizers import OPTIMIZERS
+from cruxy_triton.planner.step import BYTES, Step
 
 
 def flops(step: Step) -> dict[str, float]:
@@ -44,7 +45,7 @@ def traffic(step: Step) -> dict[str, float]:
     return {
         "weights": reads * one_pass,
         "head": (3 if step.chunked_loss else 2) * shape.vocab_size * shape.hidden_size * width,
-        "optimizer": trainable * (4 + 4 + 4 + 2 * OPTIMIZERS[step.optimizer][0]),
+        "optimizer": trainable * (4 + 4 + 4 + 2 * OPTIMIZERS[step.optimizer].bytes_per_parameter),
     }
 
 

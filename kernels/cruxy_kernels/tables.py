@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,24 +112,23 @@ class TableCache(threading.local):
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple, TensorTable] = OrderedDict()
-        self._captured: list[TensorTable] = []
+        self._captured: list[Any] = []  # what graphs read and copy from when they are replayed
         self.built = 0
 
     def get(self, columns: Columns, rows: Numbers = None, indices: Numbers = None, ids: Numbers = None) -> TensorTable:
         """`build` with these arguments, or what it made for the same addresses before."""
         lists = list(columns.values())
         device = lists[0][0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            table = build(columns, rows, indices, ids)
-            self._captured.append(table)  # the graph replays these addresses for as long as it lives
-            return table
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         numels = tuple([t.numel() for t in lists[0]])
         addresses = tuple([tuple([t.data_ptr() for t in column]) for column in lists])
         numbers = tuple([None if n is None else tuple(n) for n in (rows, indices, ids)])
         key = (device, stream, tuple(columns), numels, addresses, numbers)
         table = self._tables.get(key)
-        if table is None:
+        if is_capturing(device):
+            table = build(columns, rows, indices, ids) if table is None else table
+            self.keep(table)
+        elif table is None:
             table = self._tables[key] = build(columns, rows, indices, ids)
             self.built += 1
             if len(self._tables) > CACHED_TABLES:
@@ -137,10 +137,19 @@ class TableCache(threading.local):
             self._tables.move_to_end(key)
         return table
 
+    def keep(self, captured: Any) -> None:
+        """Keeps what a graph that is being captured will use; nothing says when the graph is gone (`clear` does)."""
+        self._captured.append(captured)
+
     def clear(self) -> None:
         """Forgets this thread's tables, also those a CUDA graph was captured with."""
         self._tables.clear()
         self._captured.clear()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether calls on this device are recorded in a CUDA graph at the moment."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -150,7 +159,12 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:
     """A copy of `values` from which `device` copies in the background; it lives until such a copy has run."""
-    return values.pin_memory() if device.type == "cuda" else values
+    if device.type != "cuda":
+        return values
+    copy = values.pin_memory()
+    if is_capturing(device):
+        tables.keep(copy)  # each replay copies from it again
+    return copy
 
 
 tables = TableCache()

@@ -30,10 +30,7 @@ def main(capsys: pytest.CaptureFixture, *words: str | Path):
 
     from cruxy_triton import cli
 
-    try:
-        code = cli.main([str(w) for w in words])
-    except SystemExit as stopped:  # argparse
-        code = stopped.code
+    code = cli.main([str(w) for w in words])
     out = capsys.readouterr()
     return SimpleNamespace(returncode=code, stdout=out.out, stderr=out.err)
 
@@ -43,13 +40,28 @@ def main(capsys: pytest.CaptureFixture, *words: str | Path):
     [
         (["--lr", "-1"], "--lr is -1.0; expected a finite number"),
         (["--lr", "nan"], "--lr is nan"),
-        (["--batch-size", "0"], "--batch-size is 0; expected a whole number of at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0; expected a whole number from 1"),
         (["--batch-size", "6", "--micro-batch-size", "4"], "not a multiple of --micro-batch-size 4"),
-        (["--max-seq-length", "4"], "expected at least 8 tokens"),
+        (["--max-seq-length", "4"], "expected a whole number of at least 8 tokens"),
         (["--epochs", "0"], "--epochs is 0.0"),
-        (["--eval-fraction", "1.5"], "expected a number between 0 and 1"),
+        (["--eval-fraction", "1.5"], "expected a finite number between 0 and 1"),
         (["--lora-dropout", "1"], "--lora-dropout is 1.0"),
-        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--optimizer", "adma"], "'adma'; expected one of cruxy, cruxy-lion, adamw, sgd; did you mean adamw?"),
+        (["--mode", "bogus"], "--mode is 'bogus'; expected one of meta3"),
+        (["--sample-tokens", "-1"], "--sample-tokens is -1; expected a whole number of at least 0"),
+        (["--seed", "-1"], "--seed is -1; expected a whole number from 0 to"),
+        (["--lora-alpha", "0"], "--lora-alpha is 0.0; expected a finite number above 0"),
+        (["--lora-alpha", "nan"], "--lora-alpha is nan"),
+        (["--lora-alpha", "inf"], "--lora-alpha is inf"),
+        (["--lora-r", "many"], "--lora-r is 'many'; expected a whole number"),
+        (["--record-gradients", "-1"], "--record-gradients is -1"),
+        (["--vram", "0"], "expected 256 MiB to 4 TiB"),
+        (["--method", "full"], "finetune trains LoRA adapters"),
+        (["--state-bits", "8"], "--state-bits 8 is for --optimizer cruxy-lion; cruxy keeps 32 bits"),
+        (["--output", ""], "--output is ''; expected some text"),
+        (["--data", "y.jsonl"], "--data is given twice"),
+        (["--batch", "4"], "unrecognized arguments: --batch 4; it is --micro-batch-size"),
+        (["--lora", "4"], "did you mean --lora-r?"),
         (["--vram", "lots"], "expected something like 4GiB"),
         (["--unknown-flag"], "unrecognized arguments: --unknown-flag"),
     ],
@@ -67,8 +79,8 @@ def test_missing_arguments(tmp_path: Path, monkeypatch, capsys) -> None:
     check(main(capsys, "finetune", "some/model"), "--data FILE is missing")
     check(main(capsys, "finetune", "--resume"), "--resume needs --output")
     check(main(capsys, "finetune", "--demo", "--data", "x.jsonl"), "--demo brings its own model and data")
-    check(main(capsys), "required: COMMAND")
-    check(main(capsys, "fintune"), "invalid choice: 'fintune'")
+    check(main(capsys), "which command?")
+    check(main(capsys, "fintune"), "unknown command 'fintune'", "did you mean finetune?")
 
 
 def test_output_folder(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -117,6 +129,19 @@ def test_model(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(model: Path, command) -> None:
+    """Its libraries would ask five times, for 23 seconds, and warn each time."""
+    (command.folder / "d.jsonl").write_text(GOOD * 9)
+    for words, says in (
+        (("no-such-owner/no-such-model", "--data", "d.jsonl"), "neither a folder here nor a Hugging Face model"),
+        ((model, "--data", "no-such-owner/no-such-set"), "neither a file here nor a dataset"),
+    ):
+        done = command("finetune", *words, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+        check(done, says)
+        assert "Retrying" not in done.stderr
+        assert len(done.stderr.splitlines()) <= 2, done.stderr
+
+
 def test_lengths_budget_and_targets(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "long " * 200, "completion": "C"}) * 1 + "\n" + GOOD)
@@ -124,6 +149,8 @@ def test_lengths_budget_and_targets(model: Path, tmp_path: Path, monkeypatch, ca
     check(main(capsys, *words, "--max-seq-length", "4096"), "beyond the 512 tokens")
     check(main(capsys, *words, "--vram", "100MiB"), "256 MiB")
     check(main(capsys, *words, "--device", "cuda"), "no CUDA device")
+    check(main(capsys, *words, "--sample-tokens", "512"), "--sample-tokens 512 is beyond the 512 tokens")
+    check(main(capsys, *words, "--attention", "flash"), "does not run on CPU", "sdpa-cpu")
     check(main(capsys, *words, "--dtype", "float16"), "cannot train on a CPU")
     check(main(capsys, *words, "--target-modules", "banana"), "banana")
     assert not (tmp_path / "run").exists()

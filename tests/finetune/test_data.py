@@ -1,7 +1,11 @@
 """Reading training data: every accepted form, and one clear sentence for what cannot be used."""
 
+import csv
+import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -160,6 +164,10 @@ GOOD = '{"prompt": "P", "completion": "C"}\n'
         (GOOD, "only 1 usable record"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
         ("[1, 2", "line 1 is not valid JSON"),
+        ('{"question": null, "answer": "A"}\n', "line 1: field 'question' is null"),
+        ('{"question": "Q", "answer": null}\n' * 3, "all 3 records have an empty answer"),
+        ('{"conversations": [{"from": "human", "value": "x"}]}\n', "name conversations `messages`"),
+        (GOOD + '{"prompt": "P", "completion": "a\\ud83d"}\n', "line 2: field 'completion' holds half of a surrogate"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, says: str) -> None:
@@ -176,6 +184,11 @@ def test_bad_files(tmp_path: Path, text: str, says: str) -> None:
         ([{"role": "user"}], "must be a list"),
         ([{"role": "user", "content": None}], "must be a list"),
         ([{"role": "user", "content": "never answered"}], "nothing to learn"),
+        (
+            [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}],
+            r"line 1: no message has the role 'assistant', but there is 'human', 'gpt'; expected",
+        ),
+        ([{"role": "user", "content": "a\ud83d"}], "line 1: message 1 holds half of a surrogate"),
     ],
 )
 def test_bad_messages(tmp_path: Path, messages: object, says: str) -> None:
@@ -195,3 +208,136 @@ def test_mixed_forms_of_train_and_eval(tmp_path: Path) -> None:
     source = write(tmp_path, GOOD * 4)
     with pytest.raises(UserError, match="same form"):
         read(source, eval_source=write(tmp_path, "some text\n" * 9, "eval.txt"))
+
+
+def test_an_answer_that_is_null_is_left_out_and_counted(tmp_path: Path) -> None:
+    found = read(write(tmp_path, [{"question": "Q", "answer": a} for a in ("A", None, "B", "C")]))
+    assert found.skipped_empty == 1
+    assert [str(loss) for loss in found.losses] == ["warning: 1 of 4 records are left out: they have no answer"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "txt.gz", "csv", "parquet"])
+def test_other_kinds_of_files(kind: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Where is {i},\nsay?", "completion": "Hère"} for i in range(8)]
+    path = tmp_path / f"data.{kind}"
+    if kind.endswith("gz"):
+        lines = [json.dumps(row) if kind == "jsonl.gz" else "a line of text\r" for row in rows]
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    elif kind == "csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = read(str(path))
+    if kind == "txt.gz":
+        assert found.packed
+    else:
+        assert sorted(map(str, found.train + found.held_out)) == sorted(map(str, rows))
+    path.write_bytes(path.read_bytes()[:-30] + b"\xff\0")
+    with pytest.raises(UserError, match=f"data.{kind}"):
+        read(str(path))
+    with pytest.raises(UserError, match="does not exist"):
+        read(str(tmp_path / f"absent.{kind}"))
+
+
+def test_csv_lines_that_do_not_fit_the_header(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="line 3 has more fields than the first line names"):
+        read(write(tmp_path, "prompt,completion\nP,C\nP,C,D\n", "data.csv"))
+
+
+@pytest.mark.parametrize("text", ["word " * 4000, "x" * 20000, "word " * 100], ids=["words", "one word", "short"])
+def test_a_text_of_one_line_is_cut_without_loss(text: str, tmp_path: Path) -> None:
+    found = read(write(tmp_path, text, "book.txt"))
+    assert "".join(r["text"] for r in found.train + found.held_out) == text
+    if " " in text:
+        assert all(r["text"].endswith(" ") for r in found.train)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            [{"question": "Q", "answer": "A", "context": "a long story", "id": "5a"}] * 8,
+            "warning: 8 of 8 records have a field 'context', which is not used",
+        ),
+        (
+            [{"question": str(i), "answer": "A", "remark": "one of many" if i == 3 else ""} for i in range(40)],
+            "note: 1 of 40 records have a field 'remark', which is not used",
+        ),
+        (
+            [
+                {
+                    "messages": [
+                        message(USER, str(i)),
+                        {"role": ASSISTANT, "content": "let me see", "tool_calls": [{"name": "look"}]},
+                    ]
+                }
+                for i in range(8)
+            ],
+            "warning: 8 of 8 records have a field 'messages: tool_calls', which is not used",
+        ),
+        (
+            [{"prompt": "P", "completion": "C"}] * 8,
+            "warning: 2 of 2 held-out records are trained on too, so they prove nothing",
+        ),
+        ([{"prompt": str(i), "completion": "C"} for i in range(8)], None),
+        ([{"instruction": str(i), "input": "two words", "output": "O", "category": "x"} for i in range(8)], None),
+    ],
+    ids=["context", "remark", "tools", "duplicates", "nothing", "alpaca"],
+)
+def test_what_is_not_used_is_said(rows: list, says: str | None, tmp_path: Path) -> None:
+    found = read(write(tmp_path, rows), chat="messages" in rows[0])
+    assert (says in [str(loss) for loss in found.losses]) if says else not found.losses
+
+
+@pytest.mark.parametrize("form", ["prompt", "chat", "text", "merging"])
+def test_tokens_are_those_that_trl_would_make(form: str, small_model, tmp_path: Path) -> None:
+    """TRL's own preparation of the same records is the oracle: input ids, labels, cutting and leaving out."""
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model("qwen2", chat=True))
+    rows: list[dict[str, Any]] = {
+        "prompt": [{"prompt": "p " * (i % 30), "completion": f" argument {i}"} for i in range(40)],
+        "chat": [
+            {"messages": [message(USER, "u " * (i % 30)), message(ASSISTANT, f"It is {i}."), message(USER, "?"),
+                          message(ASSISTANT, "Yes.")]}
+            for i in range(20)
+        ],
+        "text": [{"text": f"line {i}\n" * (i + 1)} for i in range(8)],
+        "merging": [{"prompt": "the arg", "completion": "ument"}, {"prompt": "a", "completion": "rgument<|end|>"}] * 3,
+    }[form]  # fmt: skip
+    records = read(write(tmp_path, rows), chat=True).train
+    found, cut = data.fit(data.tokenize(records, tokenizer), 24 if form != "text" else 10_000)
+
+    kind = "text" if form == "text" else "completion"
+    arguments = SFTConfig(output_dir=str(tmp_path), max_length=24 if form != "text" else None, use_cpu=True)
+    trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=kind == "completion")
+    oracle = SFTTrainer._prepare_dataset(
+        trainer, datasets.Dataset.from_list(records), tokenizer, arguments, False, None, "train"
+    )
+    assert [row["input_ids"] for row in found] == list(oracle["input_ids"])
+    assert [row["labels"] for row in found] == list(oracle["labels"])
+    if form in ("prompt", "chat"):
+        assert 0 < cut <= len(found) < len(records)
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(small_model, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model("qwen2", chat=True))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    good = [message(USER, "u"), message(ASSISTANT, "a")]
+    source = write(tmp_path, [{"messages": good}] * 4 + [{"messages": [message("system", "s"), *good]}])
+    found = read(source, chat=True, eval_fraction=0.01)
+    with pytest.raises(UserError, match=r"line 5: .* \(roles system, user, assistant\): System role not supported"):
+        data.tokenize(found.train + found.held_out, tokenizer)

@@ -43,6 +43,13 @@ def test_demo_fails_with_an_optimizer_that_does_nothing(cache: Path, command) ->
     assert "the demo's held-out loss fell by 0.000" in done.stderr
 
 
+def test_a_second_demo_keeps_the_first(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/demo", "runs/demo-2", "runs/demo-3"):
+        assert demo.free_output() == expected
+        Path(expected).mkdir(parents=True)
+
+
 def test_questions_come_from_docstrings_and_answers_do_not_repeat() -> None:
     import ast
 

@@ -166,16 +166,18 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
     assert (command.folder / "whole" / adapter).read_bytes() == (command.folder / "broken" / adapter).read_bytes()
 
 
-def test_ctrl_c_saves_first_and_the_run_goes_on(small_model, questions: Path, command) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_first_and_the_run_goes_on(number: int, small_model, questions: Path, command) -> None:
     words = ("finetune", small_model(), "--data", questions, *RESUMED)
     whole = command(*words, "--output", "whole")
     assert whole.returncode == 0, whole.stderr
 
     process = command.start(*words, "--output", "broken")
     wait_for_steps(command.folder / "broken", 7, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
+    assert "stopping: finishing this step" in output
     assert "--resume --output" in output
     run = record(command.folder / "broken")
     assert run["status"] == "interrupted"
@@ -207,7 +209,7 @@ def test_overwrite_replaces_a_run_and_changed_data_stops_a_resume(small_model, q
     assert record(command.folder / "run") == first
 
     process = command.start(*words, "--overwrite", "--seed", "3")
-    while not (command.folder / ".run.previous").exists():  # until then run/ still holds the earlier metrics
+    while not (command.folder / "run.previous").exists():  # until then run/ still holds the earlier metrics
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     wait_for_steps(command.folder / "run", 1, process)
@@ -217,7 +219,7 @@ def test_overwrite_replaces_a_run_and_changed_data_stops_a_resume(small_model, q
     refused = command("finetune", "--resume", "--output", "run")
     assert refused.returncode == 2
     assert "has changed since" in refused.stderr
-    assert record(command.folder / ".run.previous") == first, "the overwritten run is safe until the new one is done"
+    assert record(command.folder / "run.previous") == first, "the overwritten run is safe until the new one is done"
 
 
 def test_conversations_with_a_chat_model(small_model, command) -> None:
@@ -272,14 +274,34 @@ def test_a_saved_plan_is_obeyed(small_model, questions: Path, command) -> None:
     from cruxy_triton.planner import Card, plan
 
     model = small_model()
-    answer = plan(model, Card.cpu("2GiB"), seq=96, batch=2, accumulation=3, lora_r=4, optimizer="lion-8bit")
-    answer.save(command.folder / "plan.toml")
-    words = ("finetune", model, "--data", questions, "--plan", "plan.toml", "--max-steps", "3", "--output", "run")
+    wanted = {
+        "max_seq_length": 96, "batch_size": 6, "micro_batch_size": 2, "lora_r": 4, "lora_dropout": 0.1,
+        "optimizer": "sgd", "chunked_loss": False, "attention": "eager", "gradient_checkpointing": True,
+    }  # fmt: skip
+    answer = plan(model, Card.cpu("2GiB"), **wanted)
+    answer.save(command.folder / "plan.json")
+    words = ("finetune", "--data", questions, "--plan", "plan.json", "--max-steps", "3", "--output", "run")
     refused = command(*words, "--lora-r", "16")
     assert refused.returncode == 2
     assert "sets lora_r = 4" in refused.stderr
+    other = command(*words, small_model("gemma"))
+    assert other.returncode == 2
+    assert "not for" in other.stderr
     done = command(*words)
     assert done.returncode == 0, done.stderr
-    recipe = record(command.folder / "run")["recipe"]
-    assert (recipe["max_seq_length"], recipe["batch_size"], recipe["micro_batch_size"]) == (96, 6, 2)
-    assert (recipe["lora_r"], recipe["optimizer"], recipe["state_bits"]) == (4, "cruxy-lion", 8)
+    run = record(command.folder / "run")
+    assert {name: run["recipe"][name] for name in wanted} == wanted
+    assert run["recipe"]["model"] == str(model)
+    assert run["recipe"]["vram_bytes"] == 2**31
+    assert run["plan"]["config"] == answer.to_dict()["config"]
+
+
+def test_whole_logits_give_the_same_losses_as_tiles(small_model, questions: Path, command) -> None:
+    words = ("finetune", small_model(), "--data", questions, "--optimizer", "sgd", "--micro-batch-size", "2", *QUICK)
+    for name, extra in (("tiles", ()), ("whole", ("--no-chunked-loss",))):
+        done = command(*words, "--output", name, *extra)
+        assert done.returncode == 0, done.stderr
+    tiles, whole = losses(command.folder / "tiles"), losses(command.folder / "whole")
+    assert whole == pytest.approx(tiles, rel=1e-4)
+    result = record(command.folder / "whole")["result"]
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.05

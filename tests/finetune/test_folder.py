@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,17 +54,83 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_complete(tmp_path:
     assert (run / "report.md").exists(), "checking alone must not move anything"
     folder.begin()
     assert not (run / "report.md").exists()
-    assert (tmp_path / ".run.previous" / "report.md").read_text() == "earlier"
+    assert (tmp_path / "run.previous" / "report.md").read_text() == "earlier"
     folder.finish()
-    assert not (tmp_path / ".run.previous").exists()
+    assert not (tmp_path / "run.previous").exists()
 
 
 def test_overwriting_an_unfinished_overwrite_keeps_the_finished_run(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    RunFolder(run, overwrite=True).begin()  # killed here
-    files.write_json(run / "run.json", {"recipe": {}, "status": "running"})
+    started = RunFolder(run, overwrite=True)
+    started.begin()
+    started.write_run({"recipe": {}}, "running")  # killed here
+    again = RunFolder(run, overwrite=True)
+    again.begin()
+    assert (tmp_path / "run.previous" / "report.md").read_text() == "earlier"
+    again.write_run({"recipe": {}}, "finished")  # killed here, before the earlier one is removed
+    (run / "report.md").write_text("later")
     RunFolder(run, overwrite=True).begin()
-    assert (tmp_path / ".run.previous" / "report.md").read_text() == "earlier"
+    assert (tmp_path / "run.previous" / "report.md").read_text() == "later", "the newer of two finished runs is kept"
+
+
+def test_overwrite_leaves_a_folder_alone_that_only_has_its_name(tmp_path: Path) -> None:
+    run, own = finished_run(tmp_path / "run"), finished_run(tmp_path / "run.previous")
+    with pytest.raises(UserError, match=r"run\.previous is in the way"):
+        RunFolder(run, overwrite=True)
+    started = RunFolder(tmp_path / "run2")
+    started.begin()
+    finished_run(tmp_path / "run2.previous")
+    started.finish()
+    assert own.exists()
+    assert (tmp_path / "run2.previous").exists()
+
+
+def test_a_run_killed_while_it_began_is_no_obstacle(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").begin()
+    RunFolder(tmp_path / "run").begin()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Two runs write to one folder: the second is refused with the process of the first, until that is dead."""
+    path = tmp_path / "runs" / "run"
+    script = (
+        "import sys, time\n"
+        "from cruxy_triton.finetune.folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"another run is writing to .*process {holder.pid} "), RunFolder(path).locked():
+        pytest.fail("locked twice")
+    holder.kill()
+    holder.wait()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [".run.lock"], "left by the dead process"
+    with RunFolder(path).locked(), pytest.raises(UserError, match=f"process {os.getpid()} "), RunFolder(path).locked():
+        pytest.fail("locked twice in one process")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_lock_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="refused"), RunFolder(tmp_path / "a" / "b" / "run").locked():
+        raise UserError("refused for another reason")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_happened_before_the_lock_is_seen_under_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    finished_run(tmp_path / "run")  # by another process, while this one was starting
+    with pytest.raises(UserError, match="is not empty"), folder.locked():
+        pytest.fail("took over a finished run")
+
+
+def test_a_full_disk_is_known_before_anything_is_moved(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"needs about .* MiB .* MiB free"):
+        RunFolder(run, overwrite=True).begin(needed_bytes=1 << 60)
+    assert (run / "report.md").exists()
 
 
 def test_file_missing_run_and_unwritable_folder(tmp_path: Path) -> None:
@@ -88,28 +156,42 @@ def test_the_newest_two_checkpoints_are_kept_and_found_by_number(tmp_path: Path)
     for step in (5, 50, 100, 95):
         partial = folder.checkpoints / ".partial" / f"checkpoint-{step}"
         partial.mkdir(parents=True)
+        (partial / "weights").write_bytes(bytes(1000))
         folder.keep_checkpoint(partial)
     assert sorted(p.name for p in folder.checkpoints.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-95"]
-    assert folder.newest_checkpoint() == folder.checkpoints / "checkpoint-100"
+    newest, before = folder.checkpoints / "checkpoint-100", folder.checkpoints / "checkpoint-95"
+    assert folder.intact_checkpoint() == (newest, [])
+
+    (newest / "weights").write_bytes(bytes(500) + b"\1" + bytes(499))
+    found, faults = folder.intact_checkpoint()
+    assert found == before
+    assert faults == [f"{newest} is damaged (weights is not as it was written)"]
+    (before / "weights").unlink()
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        folder.intact_checkpoint()
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.begin()
     (folder.checkpoints / ".partial" / "checkpoint-7").mkdir(parents=True)
-    assert folder.newest_checkpoint() is None
+    assert folder.intact_checkpoint() == (None, [])
     folder.begin()
     assert list(folder.checkpoints.iterdir()) == []
 
 
-def test_metrics_rewind_drops_later_steps_and_a_cut_line(tmp_path: Path) -> None:
+def test_a_resumed_run_forgets_later_steps_and_a_cut_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.begin()
     rows = [json.dumps({"step": s}) for s in range(6)]
+    rows[4:4] = [json.dumps({"step": 3, "eval_loss": 1.0})]
+    for step in (2, 3, 5):
+        (folder.checkpoints / f"checkpoint-{step}").mkdir()
     folder.metrics.write_text("\n".join(rows) + '\n{"step": 6, "lo')
-    assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3, 4, 5]
-    folder.rewind_metrics(3)
+    assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3, 3, 4, 5]
+    folder.drop_after(folder.checkpoints / "checkpoint-3")
     assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3]
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_bytes_a_parameter_stay_near_the_floor(sm_75):
 
 def test_a_broken_limit_gives_exit_code_1():
     code = (
-        "import cruxy_kernels.resources as r, cruxy_triton.kernels_command as c, sys;"
+        "import cruxy_kernels.resources as r, cruxy_triton.cli.kernels as c, sys;"
         "from cruxy_triton.cli import main;"
         "usage = r.Usage('x', 75, 65, 8, 0, forbidden=('HMMA',));"
         "r.inspect = lambda variant, arch: usage;"

@@ -45,7 +45,7 @@ def run(backend: str, settings: dict) -> tuple[list[torch.Tensor], dict, torch.T
         if step == 7:
             model[0].weight.grad[0, 0] = float("nan")
         optimizer.step(loss=loss)
-    return [p.detach().float() for p in model.parameters()], optimizer.metrics(), optimizer._control[:, 16:]
+    return [p.detach().float() for p in model.parameters()], optimizer.metrics(), optimizer.control[:, 16:]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lion_pytorch import Lion
 from torch import nn
 
+from cruxy_kernels import layout as L
 from cruxy_triton import CruxyOptimizer, MetaLion
 
 SETTINGS = {
@@ -334,6 +336,114 @@ def test_another_model_is_refused():
         CruxyOptimizer(groups).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="size of optimizer's"):
         CruxyOptimizer([{"params": [nn.Parameter(torch.ones(1))]}, groups[1]]).load_state_dict(optimizer.state_dict())
+
+
+def damaged(codec: str, damage: Any) -> tuple[CruxyOptimizer, dict[str, Any]]:
+    """An optimizer that has trained, and the checkpoint of another run with something wrong in it."""
+    model, optimizer = make(**SETTINGS[codec])
+    train(model, optimizer, 0, 3)
+    saved_model, saved = make(**SETTINGS[codec])
+    train(saved_model, saved, 0, 12)
+    state_dict = through_torch_save(saved.state_dict())
+    damage(state_dict)
+    return optimizer, state_dict
+
+
+def put(*path: Any) -> Any:
+    """Sets state_dict[path[0]][path[1]]... to the last entry, or to what it makes of the old value."""
+
+    def damage(state_dict: Any) -> None:
+        *keys, last, value = path
+        for key in keys:
+            state_dict = state_dict[key]
+        state_dict[last] = value(state_dict[last]) if callable(value) else value
+
+    return damage
+
+
+def drop(*path: Any) -> Any:
+    def damage(state_dict: Any) -> None:
+        *keys, last = path
+        for key in keys:
+            state_dict = state_dict[key]
+        del state_dict[last]
+
+    return damage
+
+
+def slot(index: int, value: float) -> Any:
+    return put("param_groups", 1, "control", lambda row: row.index_fill(0, torch.tensor(index), value))
+
+
+def with_value(value: float) -> Any:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+DAMAGE = {
+    "transposed moment": ("adamw", put("state", 0, "exp_avg_sq", lambda t: t.T.contiguous()), "exp_avg_sq has shape"),
+    "NaN moment": ("adamw", put("state", 2, "exp_avg", with_value(math.nan)), "exp_avg has values that are not"),
+    "infinite moment": ("lion", put("state", 2, "exp_avg", with_value(math.inf)), "exp_avg has values that are not"),
+    "negative square": ("adamw", put("state", 3, "exp_avg_sq", with_value(-1.0)), "exp_avg_sq has negative values"),
+    "missing square": ("adamw", drop("state", 1, "exp_avg_sq"), "exp_avg_sq is missing"),
+    "missing moment": ("adamw", drop("state", 1, "exp_avg"), "exp_avg is missing"),
+    "a list": ("adamw", put("state", 1, "exp_avg", lambda t: t.tolist()), "exp_avg is a list"),
+    "a list of tensors": ("adamw", put("state", 1, lambda s: list(s.values())), "state holds a list"),
+    "integer moment": ("lion", put("state", 1, "exp_avg", lambda t: t.int()), "exp_avg is torch.int32"),
+    "missing scales": ("lion8", drop("state", 0, "exp_avg_scale"), "without exp_avg_scale"),
+    "short scales": ("lion8", put("state", 0, "exp_avg_scale", lambda t: t[:-1]), "exp_avg_scale is torch.bfloat16"),
+    "fp32 scales": ("lion8", put("state", 0, "exp_avg_scale", lambda t: t.float()), "exp_avg_scale is torch.float32"),
+    "NaN scales": ("lion8", put("state", 0, "exp_avg_scale", with_value(math.nan)), "exp_avg_scale has values"),
+    "negative scales": ("lion8", put("state", 0, "exp_avg_scale", with_value(-1.0)), "exp_avg_scale has negative"),
+    "scales of floats": ("lion8", put("state", 0, "exp_avg", lambda t: t.float()), "only codes have scales"),
+    "negative step": ("adamw", put("state", 0, "step", torch.tensor(-1.0)), "step is"),
+    "NaN step": ("adamw", put("state", 0, "step", torch.tensor(math.nan)), "step is"),
+    "step of two": ("adamw", put("state", 0, "step", torch.ones(2)), "step is"),
+    "NaN statistics": ("adamw", slot(L.V_FAST, math.nan), "control state has values that are not finite"),
+    "infinite history": ("adamw", slot(L.META_HISTORY + 3, math.inf), "control state has values that are not finite"),
+    "negative statistics": ("adamw", slot(L.V_SLOW, -1.0), "control state is out of range"),
+    "empty control": ("adamw", put("param_groups", 1, "control", torch.zeros_like), "lr_scale 0"),
+    "beta2 of 1": ("lion", slot(L.META_BETA2, 1.0), "control state is out of range"),
+    "fp16 control": ("adamw", put("param_groups", 1, "control", lambda t: t.half()), "torch.float16"),
+    "short control": ("adamw", put("param_groups", 1, "control", lambda t: t[:50]), r"\(50,\)"),
+    "a control of numbers": ("adamw", put("param_groups", 1, "control", lambda t: t.tolist()), "is a list"),
+    "unknown mode": ("adamw", put("param_groups", 1, "mode", "meta9"), "mode is 'meta9'"),
+    "betas above 1": ("adamw", put("param_groups", 1, "betas", (1.5, 2.0)), "group 1.*betas"),
+    "negative rate": ("lion", put("param_groups", 0, "lr", -1.0), "group 0.*lr is -1.0"),
+    "NaN decay": ("lion8", put("param_groups", 0, "weight_decay", math.nan), "group 0.*weight_decay is nan"),
+    "no groups": ("adamw", drop("param_groups"), "'state' and 'param_groups'"),
+    "no state": ("adamw", put("state", None), "'state' and 'param_groups'"),
+}
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_a_damaged_checkpoint_changes_nothing(name):
+    codec, damage, message = DAMAGE[name]
+    optimizer, state_dict = damaged(codec, damage)
+    before, history = copy.deepcopy(optimizer.state_dict()), repr(optimizer.history())
+    state = dict(optimizer.state)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    after = optimizer.state_dict()
+    assert repr(after) == repr(before)
+    assert all(
+        torch.equal(a, b)
+        for i in before["state"]
+        for a, b in zip(before["state"][i].values(), after["state"][i].values(), strict=True)
+    )
+    assert all(optimizer.state[p] is value for p, value in state.items())
+    assert repr(optimizer.history()) == history
+
+
+def test_the_undamaged_checkpoint_loads():
+    for codec in SETTINGS:
+        optimizer, state_dict = damaged(codec, lambda state_dict: None)
+        optimizer.load_state_dict(state_dict)
+        assert optimizer.metrics()["step"] == 12
 
 
 def test_a_snapshot_does_not_follow_the_run():

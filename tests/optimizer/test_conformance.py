@@ -26,8 +26,12 @@ from torch.testing._internal.common_optimizers import (
 
 from cruxy_triton import CruxyOptimizer, MetaLion
 
-# The test of a bare optimizer's manners gives no loss; the sentence about it is tested in test_manners.py.
-pytestmark = pytest.mark.filterwarnings("ignore:CruxyOptimizer.*gets no loss")
+# The test of a bare optimizer's manners gives no loss; the sentence about it is tested in test_manners.py, the one
+# about betas in test_bad_input.py.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:CruxyOptimizer.*gets no loss"),
+    pytest.mark.filterwarnings("ignore:betas.*mode='meta3'"),
+]
 
 
 def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from cruxy_triton.planner.footprint import OPTIMIZERS, Step, footprint
+from cruxy_triton.planner.footprint import footprint
+from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.shape import ModelShape
+from cruxy_triton.planner.step import Step
 
 torch = pytest.importorskip("torch")
 for package in ("transformers", "peft", "trl"):
@@ -71,7 +73,7 @@ def measured_peak(step: Step) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     lasting = sum(s.nbytes() for s in storages.values())
-    lasting += sum(int(p.numel() * OPTIMIZERS[step.optimizer][0]) for p in trained)
+    lasting += sum(int(p.numel() * OPTIMIZERS[step.optimizer].bytes_per_parameter) for p in trained)
     tokens = torch.randint(0, step.shape.vocab_size, (step.batch, step.seq))
 
     def one_step() -> None:

@@ -1,5 +1,6 @@
 """Profiles, the search, the plan as data, and what happens with input that makes no sense."""
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -114,50 +115,57 @@ def test_a_plan_adds_up(tiny):
     assert not tiny.tight
 
 
-def test_a_plan_survives_json_and_toml(tiny, tmp_path):
+def test_a_plan_survives_json(tiny, tmp_path):
     assert Plan.from_dict(json.loads(json.dumps(tiny.to_dict()))) == tiny
-    path = tmp_path / "plan.toml"
+    path = tmp_path / "plan.json"
     tiny.save(path)
     assert Plan.load(path) == tiny
-    assert [p.name for p in tmp_path.iterdir()] == ["plan.toml"]
-    nothing = plan("phi-2", "1GiB")
-    nothing.save(path)
-    assert Plan.load(path) == nothing
-    assert nothing.needed is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    for settings in ({}, {"method": "full"}):
+        nothing = plan("phi-2", "1GiB", **settings)
+        nothing.save(path)
+        assert Plan.load(path) == nothing
+        assert nothing.needed is not None
 
 
 def test_what_is_pinned_stays():
-    found = plan(
-        "qwen2.5-1.5b",
-        "rtx3060",
-        seq=640,
-        batch=3,
-        precision="nf4",
-        double_quant=True,
-        lora_r=24,
-        targets=["v_proj", "q_proj"],
-        checkpointing=True,
-        chunked_loss=False,
-        attention="efficient",
-        optimizer="lion-8bit",
-        accumulation=5,
-        lora_dropout=0.1,
-    )
-    assert found.config == Configuration(
-        precision="nf4",
+    pinned = dict(
+        dtype="bfloat16",
+        load_in_4bit=True,
         double_quant=True,
         max_seq_length=640,
-        batch_size=3,
-        gradient_accumulation=5,
+        batch_size=15,
+        micro_batch_size=3,
         lora_r=24,
-        lora_alpha=48,
-        target_modules=("q_proj", "v_proj"),
+        lora_alpha=36,
+        target_modules=["v_proj", "q_proj"],
         gradient_checkpointing=True,
         chunked_loss=False,
         attention="efficient",
-        optimizer="lion-8bit",
+        optimizer="cruxy-lion",
+        state_bits=8,
         lora_dropout=0.1,
+        method="lora",
     )
+    found = plan("qwen2.5-1.5b", "rtx3060", **pinned)
+    assert found.config == Configuration(
+        **pinned | {"target_modules": ("q_proj", "v_proj"), "device": "cuda", "vram_bytes": None}
+    )
+    assert found.config.gradient_accumulation == 5
+    assert found.config.precision == "nf4"
+
+
+def test_the_choices_of_finetune_can_be_asked_for():
+    """The length of the data first, at no rank but its own, and no margin kept at the cost of length or speed."""
+    shape = load_model("tinyllama-1.1b")
+    pinned = dict(dtype="float16", load_in_4bit=False, lora_r=16, optimizer="cruxy", state_bits=32)
+    for budget in (3450, 3500, 3550, 3600, 3650, 3700):
+        card = Card.budget(budget * 2**20)
+        safe, bold = (plan(shape, card, margin=m, alternatives=False, longest=700, **pinned) for m in (True, False))
+        assert safe.config.max_seq_length <= bold.config.max_seq_length <= 700
+        assert bold.fits
+        assert bold.config.lora_r == 16
+    assert plan(shape, Card.budget(3 * GiB), longest=700, batch_size=12, **pinned).config.batch_size == 12
 
 
 @pytest.mark.parametrize("model", ["tinyllama-1.1b", "gemma-2b"])
@@ -179,25 +187,20 @@ def test_more_memory_never_gives_less(model):
 def test_what_fits_is_found_fitting_again():
     """Pinning every choice of a plan, and asking again, changes nothing."""
     first = plan("gemma-2b", "gtx1650", os="windows", alternatives=False)
-    c = first.config
-    again = plan(
-        "gemma-2b", "gtx1650", os="windows", alternatives=False, seq=c.max_seq_length, batch=c.batch_size,
-        accumulation=c.gradient_accumulation, precision=c.precision, double_quant=c.double_quant, lora_r=c.lora_r,
-        targets=c.target_modules, checkpointing=c.gradient_checkpointing, chunked_loss=c.chunked_loss,
-        attention=c.attention, optimizer=c.optimizer,
-    )  # fmt: skip
+    pinned = {name: value for name, value in vars(first.config).items() if name not in ("device", "vram_bytes")}
+    again = plan("gemma-2b", "gtx1650", os="windows", alternatives=False, **pinned)
     assert again.fits
-    assert again.config == c
+    assert again.config == first.config
     assert again.peak_bytes == first.peak_bytes
 
 
 def test_nothing_fits_names_the_one_change():
-    found = plan("qwen2.5-3b", "gtx1650", precision="float16", seq=1024)
+    found = plan("qwen2.5-3b", "gtx1650", dtype="float16", load_in_4bit=False, max_seq_length=1024)
     assert not found.fits
     assert found.headroom_bytes < 0
     assert found.needed is not None
-    assert found.needed.change == "--precision nf4"
-    assert plan("qwen2.5-3b", "gtx1650", precision="nf4", seq=1024).fits
+    assert found.needed.change == "--load-in-4bit"
+    assert plan("qwen2.5-3b", "gtx1650", load_in_4bit=True, max_seq_length=1024).fits
     hopeless = plan("phi-2", "1GiB")
     assert hopeless.needed is not None
     assert hopeless.needed.change.startswith("a card with")
@@ -287,7 +290,7 @@ def test_text(tiny):
     for option in tiny.alternatives:
         assert option.change in text
     assert finetune_command(tiny) in text
-    assert "--plan plan.toml" in render(tiny, "plan.toml")
+    assert "--plan plan.json" in render(tiny, "plan.json")
     missing = render(plan("phi-2", "1GiB"))
     assert "does not fit" in missing
     assert "what would do it" in missing
@@ -348,7 +351,7 @@ def test_unknown_card(card, said):
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),
         ({"vocab_size": "many"}, "vocab_size must be a positive whole number"),
         ({"num_key_value_heads": 5}, "cannot share"),
-        ({"quantization_config": {"bits": 4}}, "quantised already"),
+        ({"quantization_config": {"bits": 4}}, "quantized already"),
     ],
 )
 def test_configs_that_do_not_serve(change, said):
@@ -391,26 +394,29 @@ def test_own_profiles(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"seq": 4096}, "beyond"),
-        ({"seq": -1}, "seq must be between"),
-        ({"seq": 0}, "seq must be between"),
-        ({"seq": 1}, "at least 2"),
-        ({"seq": 2.5}, "whole number"),
-        ({"batch": 0}, "batch must be between"),
-        ({"accumulation": -2}, "accumulation must be between"),
-        ({"lora_r": 0}, "lora_r must be between"),
-        ({"precision": "fp8"}, "unknown precision"),
-        ({"precision": "bf16"}, "no bfloat16"),
+        ({"max_seq_length": 4096}, "beyond"),
+        ({"max_seq_length": -1}, "--max-seq-length is -1; expected a whole number of at least 8 tokens"),
+        ({"max_seq_length": 2.5}, "whole number"),
+        ({"micro_batch_size": 0}, "--micro-batch-size is 0; expected a whole number from 1"),
+        ({"micro_batch_size": 3}, "not a multiple"),
+        ({"batch_size": -2}, "--batch-size is -2; expected"),
+        ({"lora_r": 0}, "--lora-r is 0; expected"),
+        ({"dtype": "fp8"}, "--dtype is 'fp8'; expected one of auto, float16"),
+        ({"dtype": "bfloat16"}, "no bfloat16"),
+        ({"dtype": "float32", "load_in_4bit": True}, "16 bits"),
         ({"attention": "flash"}, "does not run"),
-        ({"attention": "ring"}, "unknown attention"),
-        ({"optimizer": "adam"}, "unknown optimizer"),
-        ({"targets": "q_proj,nope"}, "unknown LoRA targets nope"),
-        ({"targets": []}, "unknown LoRA targets"),
-        ({"lora_dropout": 1.5}, "lora_dropout"),
-        ({"method": "prefix"}, "unknown method"),
-        ({"method": "full", "precision": "nf4"}, "cannot learn"),
-        ({"method": "full", "precision": "float16"}, "GradScaler"),
+        ({"attention": "ring"}, "--attention is 'ring'; expected one of"),
+        ({"optimizer": "adam"}, "--optimizer is 'adam'; expected one of .*; did you mean adamw"),
+        ({"optimizer": "adamw", "state_bits": 8}, "--state-bits 8 is for --optimizer cruxy-lion"),
+        ({"target_modules": "q_proj,nope"}, "unknown LoRA targets nope"),
+        ({"target_modules": []}, "at least one name"),
+        ({"lora_dropout": 1.5}, "--lora-dropout"),
+        ({"method": "prefix"}, "--method is 'prefix'"),
+        ({"method": "full", "load_in_4bit": True}, "cannot learn"),
+        ({"method": "full", "dtype": "float16"}, "GradScaler"),
         ({"os": "macos"}, "unknown operating system"),
+        ({"seq": 512}, "seq is no setting of a plan"),
+        ({"max_seq_lenght": 512}, "did you mean max_seq_length"),
     ],
     ids=lambda x: str(x),
 )
@@ -424,27 +430,57 @@ def test_gemma_2_needs_eager_attention():
         plan("gemma-2-2b", "t4", attention="efficient")
 
 
-@pytest.mark.parametrize("text", ["", "model = 3\n", "[config]\n", 'model = "a"\ncard = "b"\n[config]\nx = 1\n'])
-def test_plans_that_are_none(text, tmp_path):
-    path = tmp_path / "plan.toml"
-    path.write_text(text)
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe\x00garbage", "not JSON"),
+        (b"[1, 2]", "no JSON object"),
+        (b'{"model": "a", "card": "b", "config": {}}', "missing or unknown"),
+    ],
+)
+def test_plans_that_are_none(content, said, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
         Plan.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_of_an_older_version(tmp_path):
+    (tmp_path / "plan.toml").write_text('model = "a"\n')
+    with pytest.raises(UserError, match=r"older version \(TOML\); make one with .* --save .*plan\.json"):
+        Plan.load(tmp_path / "plan.toml")
+
+
+@pytest.mark.parametrize("value", [None, 7, -1, "text", [], [1], {}, {"a": "b"}, True, 1e400])
+def test_a_plan_with_any_field_spoilt_is_refused_in_a_sentence(tiny, value):
+    """Every field, and every setting of its configuration: refused, or a value of the same kind."""
+    data = tiny.to_dict()
+    for where, name in [(data, n) for n in data] + [(data["config"], n) for n in data["config"]]:
+        right, where[name] = where[name], value
+        with contextlib.suppress(UserError):  # and nothing else
+            kept = Plan.from_dict(data).to_dict()
+            assert (kept if where is data else kept["config"])[name] in (value, [value], right)
+        where[name] = right
+    assert Plan.from_dict(data) == tiny
 
 
 def test_a_missing_plan(tmp_path):
     with pytest.raises(UserError, match="no such plan"):
-        Plan.load(tmp_path / "none.toml")
+        Plan.load(tmp_path / "none.json")
     with pytest.raises(UserError, match="does not exist"):
-        plan("smollm2-135m", "t4", alternatives=False).save(tmp_path / "no" / "plan.toml")
+        plan("smollm2-135m", "t4", alternatives=False).save(tmp_path / "no" / "plan.json")
 
 
 def test_four_models_of_the_white_paper_on_a_gtx_1650():
     """The README's table: each of the four trains at 1,024 tokens on headless Linux and on Windows."""
+    half, nf4 = {"dtype": "float16", "load_in_4bit": False}, {"load_in_4bit": True}
     for (model, precision), system in itertools.product(
-        [("tinyllama-1.1b", "float16"), ("gemma-2b", "nf4"), ("phi-2", "nf4")], ["linux", "windows"]
+        [("tinyllama-1.1b", half), ("gemma-2b", nf4), ("phi-2", nf4)], ["linux", "windows"]
     ):
-        found = plan(model, "gtx1650", seq=1024, precision=precision, os=system, alternatives=False)
+        found = plan(model, "gtx1650", max_seq_length=1024, os=system, alternatives=False, **precision)
         assert found.fits, (model, system)
-    assert plan("qwen2.5-1.5b", "gtx1650", seq=1024, precision="float16", alternatives=False).fits
-    assert not plan("qwen2.5-1.5b", "gtx1650", seq=1024, precision="float16", os="windows").fits
+    assert plan("qwen2.5-1.5b", "gtx1650", max_seq_length=1024, alternatives=False, **half).fits
+    assert not plan("qwen2.5-1.5b", "gtx1650", max_seq_length=1024, os="windows", **half).fits

@@ -11,9 +11,11 @@ from importlib import resources
 import pytest
 
 from cruxy_triton.planner import Card, load_card, load_model
-from cruxy_triton.planner.footprint import Step, footprint, walk
+from cruxy_triton.planner.footprint import footprint
 from cruxy_triton.planner.replay import replay
 from cruxy_triton.planner.search import error_bytes
+from cruxy_triton.planner.step import Step
+from cruxy_triton.planner.walk import walk
 
 MiB = 2**20
 DATA = json.loads(

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from cruxy_triton.planner import load_model
-from cruxy_triton.planner.footprint import Step, footprint, walk
+from cruxy_triton.planner.footprint import footprint
 from cruxy_triton.planner.replay import replay
+from cruxy_triton.planner.step import Step
+from cruxy_triton.planner.walk import walk
 
 torch = pytest.importorskip("torch")
 for package in ("transformers", "peft", "trl", "bitsandbytes"):

@@ -80,7 +80,7 @@ def _target(compiler: str) -> tuple[Path, str]:
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout.partition("\n")[0]
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version.encode(), _processor()]))
-    return _cache_folder() / f"native-{key.hexdigest()[:20]}.so", version
+    return _build_folder() / f"native-{key.hexdigest()[:20]}.so", version
 
 
 def _processor() -> bytes:
@@ -92,11 +92,16 @@ def _processor() -> bytes:
         return f"{platform.machine()} {platform.processor()}".encode()
 
 
+def cache_folder() -> Path:
+    """CRUXY_CACHE, or cruxy-triton in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    if chosen := os.environ.get("CRUXY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cruxy-triton"
+
+
 @functools.lru_cache(maxsize=1)
-def _cache_folder() -> Path:
-    chosen = os.environ.get("CRUXY_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(chosen) if chosen else base / "cruxy-triton"
+def _build_folder() -> Path:
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -123,8 +128,10 @@ def _compile(compiler: str, path: Path) -> None:
             os.unlink(temporary)
 
 
-def obstacle(tensors: Sequence[Tensor]) -> str | None:
+def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
     """Why these parameters, gradients and state buffers cannot be served, or None."""
+    if rule not in (None, *RULES_SERVED):
+        return f"the rule {rule}: native.cpp has {', '.join(RULES_SERVED)}"
     if odd := {t.dtype for t in tensors} - set(TYPES):
         return f"{', '.join(sorted(map(str, odd)))} tensors: it needs float32, float16 or bfloat16"
     if not all([t.is_cpu for t in tensors]):

@@ -29,7 +29,9 @@ SCALE_MIN = 9  # bounds of LR_SCALE; -inf and inf switch them off
 SCALE_MAX = 10
 LR_MIN = 11  # bounds of LR_OUT in meta3 (the SDK's 1e-7 and 1e-2 when `bounds=None`)
 LR_MAX = 12
-GUARD = 13  # 1: outlier steps stay out of the statistics, and the early warning may halve LR_SCALE
+# 1: outlier steps stay out of the statistics, the early warning may halve LR_SCALE, and stability_v2's LR_SCALE
+# relaxes to 1. 0: the published laws.
+GUARD = 13
 MAXIMIZE = 14  # 1: ascend
 SEED = 15  # of the random bits that 16-bit parameters are rounded with; a whole number below 2^24
 NUM_INPUTS = 16
@@ -50,6 +52,7 @@ META_BETA2 = 27  # beta2 of the slow loop, before the phase lowers it
 OUTLIERS = 28  # consecutive outlier steps (GUARD)
 WARNINGS = 29  # early warnings at WARNING_LEVEL so far
 COOLDOWN = 30  # steps until the early warning may act again
+TREND = 31  # meta3: tanh z of paper eq 9 in a call in which the slow loop is due, 0 in the others
 FAST_HISTORY = 32  # the last 14 values of v_fast before correction, newest first
 FAST_HISTORY_LEN = 14
 META_HISTORY = 46  # the last 50 values of v_fast after correction, newest first
@@ -132,6 +135,10 @@ EMERGENCY_BETA2 = 0.01
 # statistics alone, unless OUTLIER_PATIENCE steps in a row say the same: then it is the new level.
 OUTLIER_RATIO = 4.0
 OUTLIER_PATIENCE = 5
+# Ours (GUARD): the published recursion of stability_v2's multiplier s has no rest point (each step multiplies it), so
+# it drifts to a bound whatever the gradients do. Each step first takes this share of the way back to 1, the memory of
+# the fast average; then s stays between 0.59 (phase 1) and 1.73 (phase 0), and at 1 where nothing changes.
+V2_RELAXATION = 1 - ALPHA_FAST
 SDK_LR_MIN, SDK_LR_MAX = 1e-7, 1e-2
 
 # Triton's cache of compiled kernels does not see numbers that a kernel reads from a module; this argument shows it.

@@ -68,6 +68,8 @@ ADAMW = Rule(
     storage=(torch.float32,),
     state_bits=(32,),
     flags={"nesterov": True, "decoupled": True},
+    betas=(0.9, 0.999),
+    ages=True,
     specification=adamw,
     kernel=KERNEL,
 )

@@ -49,6 +49,8 @@ LION = Rule(
     state=("exp_avg",),
     storage=(torch.float32, torch.float16, torch.bfloat16),
     state_bits=(32, 8),
+    betas=(0.9, 0.99),
+    ages=False,
     specification=lion,
     kernel=KERNEL,
 )

@@ -15,6 +15,8 @@ class Rule:
     state: names of its state buffers, at most two.
     storage: floating-point dtypes that a buffer may have (float64 beside them, with float64 parameters).
     state_bits: the codecs (codec.CODECS) that all of its buffers may be kept in.
+    betas: its usual coefficients.
+    ages: whether it reads the bias corrections, so that a tensor's age matters.
     flags: names of its switches and their defaults; the kernel gets them as the bits of FLAGS, first name lowest.
     specification: (p, g, *state, c, multiplier, **flags) -> (p, *state), whole fp32 or fp64 tensors, any shape;
         c has lr, weight_decay, beta1, beta2, eps, correction1 and correction2_sqrt as 0-dim tensors.
@@ -26,6 +28,8 @@ class Rule:
     state: tuple[str, ...]
     storage: tuple[torch.dtype, ...]
     state_bits: tuple[int, ...]
+    betas: tuple[float, float]
+    ages: bool
     specification: Callable[..., tuple[Tensor, ...]]
     kernel: Any
     flags: Mapping[str, bool] = field(default_factory=dict)

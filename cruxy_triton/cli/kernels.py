@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from cruxy_triton.cli.arguments import columns
 from cruxy_triton.errors import UserError
 
 # The LoRA adapters (r=8, all linears) of TinyLlama: the census that predicted times are for.
@@ -28,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", help="predict times at the bandwidth of this GPU profile, for example gtx1650")
     parser.add_argument("--bandwidth-gb-s", type=float, help="predict times at this bandwidth, in GB/s")
     parser.add_argument(
-        "--parameters", type=int, default=DEFAULT_PARAMETERS, help="parameters a step updates (default: %(default)s)"
+        "--parameters", type=int, default=DEFAULT_PARAMETERS, help="parameters per step (default: %(default)s)"
     )
     parser.add_argument("--processes", type=int, default=2, help="compile in this many processes")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -140,11 +141,9 @@ def table(rows: list[dict[str, Any]], bandwidth: float | None, where: str | None
         if bandwidth:
             line.append(f"{row['predicted_ms']:.3f}" if row["predicted_ms"] else "-")
         lines.append(line)
-    widest = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widest, strict=True)) for line in [heads, *lines]]
-    text.append("")
+    text = [columns([heads, *lines])]
     if bandwidth:
         text.append(f"ms: predicted, {parameters:,} parameters at {bandwidth:g} GB/s ({where}); no card was measured")
     broken = [f"{row['name']} on sm_{row['arch']}: {problem}" for row in rows for problem in row["broken"]]
     text += [f"broken: {line}" for line in broken] or [f"{len(rows)} variants, no limit broken"]
-    return "\n".join(line.rstrip() for line in text) + "\n"
+    return "\n".join(text) + "\n"

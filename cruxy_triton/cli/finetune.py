@@ -1,7 +1,6 @@
 """`cruxy-triton finetune`: arguments, the progress display and what is printed."""
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -11,8 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from cruxy_triton.cli.arguments import add_settings
+from cruxy_triton.cli.arguments import given as typed
+from cruxy_triton.environment import require_train_extra
 from cruxy_triton.errors import UserError
-from cruxy_triton.finetune.recipe import DEVICES, DTYPES, OPTIMIZERS, SCHEDULES, Recipe
+from cruxy_triton.finetune.recipe import Recipe
 
 DESCRIPTION = """\
 Fine-tunes a causal language model with LoRA: plans the memory, loads, trains with TRL and CruxyOptimizer,
@@ -27,72 +29,28 @@ one-page report to the output folder.
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    # An option that was not typed leaves no attribute: its default is the Recipe's, and --resume can tell
-    # what was asked for from what was not.
+    parser.usage = "cruxy-triton finetune MODEL --data FILE [options]"
     add = parser.add_argument
-    suppress: dict[str, Any] = {"default": argparse.SUPPRESS}
-    add("model", nargs="?", metavar="MODEL", help="Hugging Face id, or a folder with a model", **suppress)
     add("--demo", action="store_true", help="make a small model and data here, and fine-tune it (no network, no GPU)")
+    add("--plan", metavar="FILE", help="run exactly the plan saved by `cruxy-triton plan --save`")
     add("--resume", action="store_true", help="continue the interrupted run in --output")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add("--json", action="store_true", help="print the result as one JSON object on standard output")
-    add("--record-gradients", type=int, default=0, metavar="N", help="save the gradients of the first N steps")
-
-    data = parser.add_argument_group("data")
-    add = data.add_argument
-    add("--data", metavar="FILE", help="JSONL, plain text (.txt), or a datasets id", **suppress)
-    add("--output", metavar="DIR", help="output folder (default: runs/<model>-<data>)", **suppress)
-    add("--subset", help="subset (configuration) of a datasets id", **suppress)
-    add("--split", help="split of a datasets id (default: train)", **suppress)
-    add("--eval-data", metavar="FILE", help="held-out records (default: split off --data)", **suppress)
-    add("--eval-fraction", type=float, help="fraction of --data to hold out (default: 0.05)", **suppress)
-    add("--max-eval-samples", type=int, help="evaluate on at most so many records (default: 200)", **suppress)
-    add("--max-seq-length", type=int, metavar="TOKENS", help="longest sequence (default: planned)", **suppress)
-    add("--no-chat-template", dest="chat_template", action="store_false", help="plain text prompts", **suppress)
-
-    model = parser.add_argument_group("model and memory")
-    add = model.add_argument
-    add("--vram", dest="vram_bytes", type=_bytes, metavar="SIZE", help="memory budget, as 4GiB or 3800MiB", **suppress)
-    add("--plan", metavar="FILE", help="obey a plan saved by `cruxy-triton plan --save`")
-    add("--load-in-4bit", action="store_true", help="4-bit NF4 base weights (bitsandbytes)", **suppress)
-    add("--no-double-quant", dest="double_quant", action="store_false", help="plain NF4 constants", **suppress)
-    add("--dtype", choices=DTYPES, help="base weights (default: by device)", **suppress)
-    add("--device", choices=DEVICES, **suppress)
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="default: planned", **suppress)
-    add("--revision", help="revision of a Hugging Face id", **suppress)
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model", **suppress)
-    add("--lora-r", type=int, metavar="R", help="rank (default: 8)", **suppress)
-    add("--lora-alpha", type=float, metavar="A", help="scale is A/R (default: 16)", **suppress)
-    add("--lora-dropout", type=float, metavar="P", **suppress)
-    add("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: all-linear)", **suppress)
-
-    training = parser.add_argument_group("training")
-    add = training.add_argument
-    add("--optimizer", choices=OPTIMIZERS, help="default: cruxy", **suppress)
-    add("--state-bits", type=int, choices=(8, 32), help="momentum of cruxy-lion (default: 32)", **suppress)
-    add("--mode", help="control law of CruxyOptimizer (default: meta3)", **suppress)
-    add("--lr", type=float, help="peak learning rate (default: by optimizer)", **suppress)
-    add("--lr-schedule", choices=SCHEDULES, help="default: linear", **suppress)
-    add("--warmup-fraction", type=float, metavar="F", help="part of the steps to warm up in (0.03)", **suppress)
-    add("--weight-decay", type=float, **suppress)
-    add("--batch-size", type=int, help="sequences an optimizer step (default: 8)", **suppress)
-    add("--micro-batch-size", type=int, help="sequences at once (default: planned)", **suppress)
-    add("--epochs", type=float, **suppress)
-    add("--max-steps", type=int, help="stop after so many optimizer steps", **suppress)
-    add("--seed", type=int, **suppress)
-    add("--save-steps", type=int, help="steps between checkpoints (default: 50)", **suppress)
-    add("--sample-tokens", type=int, help="length of the sample in the report; 0 for none", **suppress)
+    add_settings(parser, "finetune")
 
 
 def run(args: argparse.Namespace) -> int:
+    require_train_extra()
     _environment()
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
+    given = typed(args, "finetune")
+    record_gradients = given.pop("record_gradients", 0)
+    _say_what_only_the_hub_knows(given)
     if args.json:  # standard output is for the result alone
         say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     else:
         say = lambda line: print(line, flush=True)  # noqa: E731
     if args.plan is not None:
-        given = _obeying(args.plan, given)
+        given = obeying(args.plan, given, args.resume)
     if args.demo:
         clash = sorted({"model", "data", "eval_data"} & set(given))
         if clash:
@@ -122,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     display = Progress()
     hooks = run_module.Hooks(say=say, progress=display)
     try:
-        result = run_module.finetune(recipe, folder, hooks, record_gradients=args.record_gradients)
+        result = run_module.finetune(recipe, folder, hooks, record_gradients=record_gradients)
     except run_module.TrainingFailed as error:
         display.close()
         if args.debug:
@@ -134,27 +92,36 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         say(f"interrupted: checkpoint of step {result.step} saved; continue with")
         say(f"  cruxy-triton finetune --resume --output {recipe.output}")
-        return 130
+        return 128 + result.signal
     return _finish(result, args, say)
 
 
-def _obeying(path: str, given: dict[str, Any]) -> dict[str, Any]:
+def obeying(path: str, given: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     """`given` with the settings of the plan in `path`; raises UserError where the two contradict."""
-    from cruxy_triton.finetune.memory import settings_of
-    from cruxy_triton.planner import Plan
+    from cruxy_triton.planner import Plan, load_model
 
     plan = Plan.load(path)
     if not plan.fits:
         raise UserError(f"the plan in {path} does not fit {plan.card}; make one that does")
-    settings = settings_of(plan)
-    for name, value in settings.items():
-        if name in given and given[name] != value:
+    for name, value in vars(plan.config).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if value is None:  # no budget: one that is given cuts the plan's card down further
+            continue
+        if name == "double_quant" and not plan.config.load_in_4bit:
+            continue
+        if given.setdefault(name, value) != value:
             raise UserError(
                 f"the plan in {path} sets {name} = {value!r}, but {given[name]!r} is given; leave one of them out"
             )
-    if plan.hf_id:
-        given = {"model": plan.hf_id, **given}
-    return {**settings, **given}
+    model = plan.folder or plan.hf_id
+    if model and not resume:
+        given.setdefault("model", model)
+    if given.get("model") not in (None, model) and load_model(given["model"]).parameters != plan.parameters:
+        raise UserError(
+            f"the plan in {path} is for {plan.model} ({plan.parameters:,} parameters), not for {given['model']}; "
+            "make one for it with `cruxy-triton plan`"
+        )
+    return given
 
 
 def _complete(given: dict[str, Any], is_demo: bool) -> dict[str, Any]:
@@ -162,7 +129,8 @@ def _complete(given: dict[str, Any], is_demo: bool) -> dict[str, Any]:
         from cruxy_triton.finetune import demo
 
         defaults = {
-            "output": "runs/demo",
+            "output": demo.free_output(),
+            "lora_r": demo.LORA_R,
             "max_seq_length": demo.LENGTH,
             "max_steps": demo.STEPS,
             "lr": demo.LEARNING_RATES[given.get("optimizer", "cruxy")],
@@ -181,6 +149,13 @@ def _check_data_file(path: str) -> None:
     """What can be said of the data before the slow imports."""
     if path and Path(path).is_dir() and not any(Path(path).iterdir()):
         raise UserError(f"--data {path} is an empty folder; give a JSONL or text file, or a datasets id")
+
+
+def _say_what_only_the_hub_knows(given: dict[str, Any]) -> None:
+    local = {"subset": given.get("data"), "split": given.get("data"), "revision": given.get("model")}
+    for name, source in local.items():
+        if name in given and source and Path(source).expanduser().exists():
+            print(f"cruxy-triton finetune: note: --{name} has no effect on {source}, which is here", file=sys.stderr)
 
 
 def _finish(result: Any, args: argparse.Namespace, say: Any) -> int:

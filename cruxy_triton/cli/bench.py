@@ -1,8 +1,8 @@
 """`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
 
-    cruxy-triton bench step --device cpu --census lora-r8
-    cruxy-triton bench codec --gradients runs/NAME/gradients
-    cruxy-triton bench rounding
+cruxy-triton bench step --device cpu --census lora-r8
+cruxy-triton bench codec --gradients runs/NAME/gradients
+cruxy-triton bench rounding
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cruxy_triton.bench.census import CENSUSES
+from cruxy_triton.cli.arguments import columns
 from cruxy_triton.errors import UserError
 
 
@@ -42,10 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = report["rows"]
     heads = list(dict.fromkeys(head for row in rows for head in row))
-    text = [heads, *[[cell(row.get(head)) for head in heads] for row in rows]]
-    widths = [max(len(line[i]) for line in text) for i in range(len(heads))]
-    for line in text:
-        sys.stdout.write("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n")
+    sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]))
     facts = {key: value for key, value in report.items() if key not in ("rows", "absent") and value is not None}
     sys.stdout.write("\n" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, reason in report.get("absent", {}).items():

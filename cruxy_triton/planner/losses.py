@@ -1,0 +1,77 @@
+"""The two losses on sized tensors: transformers' stock one, and TRL's tiled head."""
+
+from __future__ import annotations
+
+from cruxy_triton.planner import operations as ops
+from cruxy_triton.planner.autograd import Parameter, Tape, Tensor, operation
+from cruxy_triton.planner.step import Step
+
+TILE_TOKENS, TILE_VOCABULARY = 4096, 32768  # trl/kernels/chunked_logprob.py, trl/trainer/utils.py (1.16)
+
+
+def stock_loss(tape: Tape, step: Step, x: Tensor, head: Parameter) -> tuple[Tensor, Tensor]:
+    """transformers' ForCausalLMLoss: fp32 copy of the logits, log-softmax, negative log-likelihood.
+
+    Returns (loss, logits).
+    """
+    size = step.tokens * step.shape.vocab_size
+
+    def of_logits(g: Tensor, *saved):
+        return (tape.new(size, 4),)
+
+    with tape.booked_as("logits and loss"):
+        logits = ops.linear(tape, x, head, size, step.half)
+        if step.shape.final_logit_softcapping is not None:
+            logits = ops.unary(tape, logits)
+            logits = ops.unary(tape, logits, keep_out=True)
+            logits = ops.unary(tape, logits)
+        wide = ops.cast(tape, logits, 4)
+        log_softmax = operation(tape, (wide,), (size, 4), of_logits, keep_out=True)
+        del wide
+        loss = operation(tape, (log_softmax,), (1, 4), of_logits)
+        del log_softmax
+        if step.upcast_outputs:
+            logits = ops.cast(tape, logits, 4)
+    return loss, logits
+
+
+def tiled_loss(tape: Tape, step: Step, x: Tensor, head: Parameter) -> Tensor:
+    """TRL 1.16's fused head: logits in tiles of 4,096 x 32,768, recomputed in the backward pass."""
+    rows = step.batch * (step.seq - 1)
+    cpu = step.device == "cpu"
+    compute = step.half or x.b
+    tile = min(rows, TILE_TOKENS) * TILE_VOCABULARY
+    tall = min(rows, TILE_TOKENS) * min(TILE_VOCABULARY, step.shape.vocab_size)
+    whole, learns = (x.n, x.b), head.trainable
+
+    def scatter(g: Tensor, *saved):
+        return (tape.new(*whole),)
+
+    def back(g: Tensor, hidden: Tensor, *saved):
+        wide = tape.new(hidden.n, 4)
+        space = tape.new(tile, compute)
+        narrow = ops.cast(tape, hidden.detach(), compute)
+        if cpu:
+            # y, z, log p, p, the gradient, one-hot minus p, its product; the one-hot is boolean
+            parts = [tape.new(tall, 4) for _ in range(7)] + [tape.new(tall, 1)]
+            del parts
+        grad = ops.cast(tape, tape.new(head_n, 4), head_b) if learns else None
+        del space, narrow
+        return (ops.cast(tape, wide, hidden.b), grad)
+
+    head_n, head_b = head.n, head.b
+    with tape.booked_as("logits and loss"):
+        index = [] if cpu else [tape.new(rows, 8)]
+        chosen = operation(tape, (x,), (rows * step.shape.hidden_size, x.b), scatter, keep=index)
+        if not cpu:
+            chosen = operation(tape, (chosen,), (chosen.n, chosen.b), scatter, view=True)
+        statistics = [tape.new(rows, 4) for _ in range(7)]
+        buffer = tape.new(tile, compute)
+        narrow = ops.cast(tape, chosen.detach(), compute)
+        if cpu:
+            folded = [tape.new(tall, 4) for _ in range(3)]
+            del folded
+        del buffer, narrow
+        outputs = [tape.new(rows, 4) for _ in range(4)]
+        del statistics
+        return operation(tape, (chosen, head), (1, 4), back, keep=[chosen, *outputs])

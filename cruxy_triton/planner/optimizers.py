@@ -1,0 +1,43 @@
+"""What each optimizer keeps of a trainable parameter: one table, from which every size follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# State bits: (bytes of one value, values that share one 4-byte scale or 0). 8 bits are CruxyOptimizer's codec.
+CODECS = {32: (4, 0), 8: (1, 128)}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """`moments`: state tensors of the parameter's size, stored in `bits`; `transient`: bytes per parameter that a
+    step takes for its own duration; `finetune`: its --optimizer there, "" where `finetune` does not offer it."""
+
+    moments: int
+    bits: int = 32
+    transient: int = 0
+    finetune: str = ""
+
+    def tensors(self, n: int) -> list[int]:
+        """Bytes of each state tensor of a parameter of `n` elements."""
+        width, shared = CODECS[self.bits]
+        each = [n * width] + ([4 * -(-n // shared)] if shared else [])
+        return each * self.moments
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        width, shared = CODECS[self.bits]
+        return self.moments * (width + (4 / shared if shared else 0))
+
+
+# The first three are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is
+# torch.optim.AdamW in its CUDA default (foreach), which makes the square roots of all exp_avg_sq at once.
+OPTIMIZERS = {
+    "adamw-fp32": Optimizer(2, finetune="cruxy"),
+    "lion-fp32": Optimizer(1, finetune="cruxy-lion"),
+    "lion-8bit": Optimizer(1, 8, finetune="cruxy-lion"),
+    "torch-adamw": Optimizer(2, transient=4, finetune="adamw"),
+    "sgd": Optimizer(0, finetune="sgd"),
+}
+# The same by what `cruxy-triton finetune` calls them: (--optimizer, --state-bits)
+FINETUNE_OPTIMIZERS = {name: (x.finetune, x.bits) for name, x in OPTIMIZERS.items() if x.finetune}

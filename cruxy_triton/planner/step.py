@@ -1,0 +1,67 @@
+"""One training step, as everything that decides its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cruxy_triton.planner.shape import ModelShape
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "nf4": 2}  # of an element of what is not quantized
+
+
+@dataclass(frozen=True)
+class Step:
+    """Lengths are tokens."""
+
+    shape: ModelShape
+    batch: int
+    seq: int
+    precision: str = "float16"
+    double_quant: bool = True
+    lora_r: int = 8  # 0: every weight learns
+    targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    checkpointing: bool = True
+    chunked_loss: bool = True
+    attention: str = "efficient"
+    optimizer: str = "adamw-fp32"
+    accumulation: int = 1
+    device: str = "cuda"
+    cublas_workspace: int = 8_519_680
+    autocast: bool = True
+    upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
+    keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
+    warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
+    kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantized weights in fp32
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+    @property
+    def half(self) -> int:
+        """Bytes of autocast's dtype, 0 without autocast."""
+        return 2 if self.autocast else 0
+
+    @property
+    def stream(self) -> int:
+        """Bytes of an element of the hidden states."""
+        return 4 if self.kbit_prepared else BYTES[self.precision]
+
+    @property
+    def round_to(self) -> int:
+        """The allocator's unit in bytes: CUDA rounds up, the CPU's allocator counts what was asked for."""
+        return 512 if self.device == "cuda" else 1
+
+    def keeps_gradients(self, index: int, steps: int) -> bool:
+        """Whether step `index` of `steps` leaves its gradients in place. Of accumulated micro-batches only the last
+        matters, which finds the others' gradients: they are kept over from the step before it."""
+        return self.accumulation > 1 and index < steps - 1
+
+    def lora_parameters(self) -> int:
+        """Trainable elements of all adapters."""
+        per_layer = sum(self.lora_r * (x.rows + x.cols) for x in self.shape.linears() if x.name in self.targets)
+        return per_layer * self.shape.num_hidden_layers
+
+    def trainable_parameters(self) -> int:
+        return self.lora_parameters() if self.lora_r else self.shape.parameters

@@ -1,0 +1,446 @@
+"""A run called as a library, on models of a few kilobytes: its result is right, or refused before it writes."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cruxy_triton.errors import UserError
+from cruxy_triton.finetune import run
+from cruxy_triton.finetune.folder import RunFolder
+from cruxy_triton.finetune.recipe import Recipe
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    pairs = [(a, b) for a in range(2, 12) for b in range(3, 13)]
+    lines = [json.dumps({"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}"}) for a, b in pairs]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path, small_model, sums: Path) -> Callable[..., tuple[run.Result, list[str]]]:
+    """train(**recipe) -> (result, the lines said), by default a few steps of a small Llama in tmp_path/run."""
+
+    def go(*, resume: bool = False, overwrite: bool = False, **settings: Any) -> tuple[run.Result, list[str]]:
+        said: list[str] = []
+        folder = RunFolder(tmp_path / settings.pop("output", "run"), resume=resume, overwrite=overwrite)
+        if resume:
+            recipe = run.resume_recipe(folder, settings)
+        else:
+            few = {
+                "max_steps": 4, "batch_size": 2, "micro_batch_size": 1, "max_seq_length": 64, "max_eval_samples": 6,
+                "save_steps": 2, "sample_tokens": 4, "lr": 0.01, "lora_dropout": 0.1,
+            }  # fmt: skip
+            given = {"model": str(small_model()), "data": str(sums), "output": str(folder.path)}
+            recipe = Recipe(**{**given, **few, **settings})
+        return run.finetune(recipe, folder, run.Hooks(say=said.append)), said
+
+    return go
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def copy_of(model: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda w: None) -> Path:
+    shutil.copytree(model, target)
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("where", ["held_out", "generate", "save_adapter", "report"])
+def test_an_interruption_after_the_last_step_adds_no_step(where: str, train, tmp_path: Path, monkeypatch) -> None:
+    """Stopped in the final evaluation, the sample, the adapter or the report, and resumed: the uninterrupted run."""
+    from cruxy_triton.finetune import report
+    from cruxy_triton.finetune import train as train_module
+
+    whole, _ = train(output="whole", lr_schedule="constant")
+    owner, name = {
+        "held_out": (train_module.Trainer, "held_out"),
+        "generate": (train_module.Trainer, "generate"),
+        "save_adapter": (report, "save_adapter"),
+        "report": (report, "write"),
+    }[where]
+    real = getattr(owner, name)
+    stops = {"held_out": 2, "generate": 2, "save_adapter": 1, "report": 1}  # the first evaluation precedes training
+    calls = 0
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stops[where]:
+            os.kill(os.getpid(), 15)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        stopped, _ = train(output="broken", lr_schedule="constant")
+    assert (stopped.finished, stopped.step, stopped.signal) == (False, 4, 15)
+    assert record(tmp_path / "broken")["status"] == "interrupted"
+    resumed, _ = train(output="broken", resume=True)
+    assert (resumed.finished, resumed.step, resumed.after) == (True, 4, whole.after)
+    assert (tmp_path / "broken" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    with pytest.raises(UserError, match="is finished"):
+        train(output="broken", resume=True)
+
+
+def test_missing_and_misshapen_weights_are_named(train, small_model, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    missing = copy_of(small_model(), tmp_path / "missing", lambda w: w.pop(name))
+    misshapen = copy_of(small_model(), tmp_path / "misshapen", lambda w: w.update({name: torch.zeros(3, 5)}))
+    with pytest.raises(UserError, match=f"1 weights of .*missing cannot be used: {name} is missing"):
+        train(model=str(missing))
+    with pytest.raises(UserError, match=rf"{name} has shape \[3, 5\] instead of \[128, 64\]"):
+        train(model=str(misshapen))
+    (missing / "model.safetensors").write_bytes((misshapen / "model.safetensors").read_bytes()[:20000])
+    with pytest.raises(UserError, match=r"missing/model\.safetensors is damaged or cut off"):
+        train(model=str(missing))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+def test_a_mixture_of_experts_trains_and_its_held_out_loss_is_the_language_models(
+    architecture: str, train, small_model, sums: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cruxy_triton.finetune import data
+
+    folder = small_model(architecture)
+    if architecture == "mixtral":
+        with pytest.raises(UserError, match=r"--lora-dropout 0\.1 cannot be had"):
+            train(model=str(folder))
+    result, said = train(model=str(folder), max_steps=2, lora_dropout=0.0)
+    assert result.finished
+    assert not [line for line in said if "auxiliary" in line]
+    # The oracle is the plain model's own loss, which has no auxiliary part unless it is asked for.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = data.load(str(sums), eval_source=None, eval_fraction=0.05, max_eval_samples=6, seed=0)
+    total, tokens = 0.0, 0
+    rows, _ = data.fit(data.tokenize(found.held_out, AutoTokenizer.from_pretrained(folder)), 64)
+    for row in rows:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        count = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * count
+        tokens += count
+    assert result.before["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_a_refusal_leaves_an_earlier_run_as_it_was(train, tmp_path: Path, monkeypatch) -> None:
+    """Whatever refuses, and be it the last thing before training: the folder is untouched, with and without one."""
+    from cruxy_triton.finetune import train as train_module
+
+    train()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    monkeypatch.setattr(train_module.Trainer, "held_out", lambda self: {"loss": math.nan})
+    with pytest.raises(UserError, match="before any training"):
+        train(overwrite=True)
+    with pytest.raises(UserError, match="before any training"):
+        train(output="new")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_earlier_run_stays_in_sight_until_the_new_one_is_finished(train, tmp_path: Path, monkeypatch) -> None:
+    from cruxy_triton.finetune import train as train_module
+
+    train()
+    adapter = (tmp_path / "run" / ADAPTER).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Trainer, "training_step", lambda *args: (_ for _ in ()).throw(ArithmeticError))
+        with pytest.raises(ArithmeticError):
+            train(overwrite=True)
+    assert record(tmp_path / "run")["status"] == "failed"
+    assert (tmp_path / "run.previous" / ADAPTER).read_bytes() == adapter
+    train(resume=True)
+    assert record(tmp_path / "run")["status"] == "finished"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "mixtral"])
+def test_four_bits_that_are_none_are_refused(architecture: str, train, small_model, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"only \d+% of the [\d,]+ weights .* would be in 4 bits"):
+        train(model=str(small_model(architecture)), load_in_4bit=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_four_bits_are_counted(train, small_model, tmp_path: Path) -> None:
+    _, said = train(load_in_4bit=True, max_steps=1)
+    config = json.loads((small_model() / "config.json").read_text())
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    grouped = hidden * config["num_key_value_heads"] // heads
+    linear = config["num_hidden_layers"] * (2 * hidden * hidden + 2 * hidden * grouped + 3 * hidden * inner)
+    total = linear + 2 * config["vocab_size"] * hidden + (2 * config["num_hidden_layers"] + 1) * hidden
+    assert record(tmp_path / "run")["weights"] == {"total": total, "quantized": linear}
+    assert any(f"{total:,} weights, {linear / total:.0%} of them in 4 bits" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_processes_are_refused(name: str, train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"one of 2 processes \\({name} is set\\)"):
+        train()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "says"),
+    [
+        ("bert", {}, r"\(bert\) is no causal language model: what it says of a token changes with the tokens after it"),
+        ("rwkv", {"load_in_4bit": True}, r"\(rwkv\) cannot be trained here in 4 bits: running four tokens"),
+        ("mamba", {"target_modules": ["banana"]}, "its linear layers are dt_proj, in_proj, out_proj, x_proj"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused(
+    architecture: str, settings: dict, says: str, train, small_model, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        train(model=str(small_model(architecture)), **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "granitemoehybrid"])
+def test_state_space_models_train(architecture: str, train, small_model) -> None:
+    less = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 16, "num_local_experts": 2}
+    folder = small_model(architecture, num_hidden_layers=1, **(less if architecture != "mamba" else {}))
+    result, said = train(model=str(folder), max_steps=2, lora_dropout=0.0, max_eval_samples=2)
+    assert result.after["loss"] < result.before["loss"]
+    assert ("router's auxiliary loss" in " ".join(said)) == (architecture == "granitemoehybrid")
+
+
+def test_of_a_multimodal_model_the_text_is_trained(train, small_model, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    folder = tmp_path / "gemma3"
+    shutil.copytree(small_model("gemma"), folder)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 520, "max_position_embeddings": 256}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=515, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train(model=str(folder))
+    adapter = load_file(tmp_path / "run" / ADAPTER)
+    assert len(adapter) == 2 * 7
+    assert all("language_model" in name for name in adapter)
+    assert all(weights.abs().max() > 0 for name, weights in adapter.items() if "lora_B" in name), "each one has learnt"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_checkpoint_that_is_quantized_already(dtype: str, train, small_model, tmp_path: Path) -> None:
+    """As bitsandbytes users publish them: the same run as with --load-in-4bit, up to the weights' rounding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    quantized = tmp_path / "llama-bnb-4bit"
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(small_model(), quantization_config=bits, device_map={"": "cpu"})
+    model.save_pretrained(quantized)
+    AutoTokenizer.from_pretrained(small_model()).save_pretrained(quantized)
+    result, _ = train(model=str(quantized))
+    expected, _ = train(load_in_4bit=True, double_quant=False, output="plain")
+    found = record(tmp_path / "run")
+    assert (found["recipe"]["load_in_4bit"], found["recipe"]["double_quant"]) == (True, False)
+    assert found["weights"] == record(tmp_path / "plain")["weights"]
+    assert result.after == pytest.approx(expected.after, rel=1e-6)
+
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantized already, with gptq"):
+        train(model=str(quantized), output="gptq")
+
+
+def test_a_sample_can_be_left_out_when_a_run_is_resumed(train, tmp_path: Path) -> None:
+    train()
+    saved = record(tmp_path / "run")
+    del saved["result"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(saved | {"status": "interrupted"}))
+    result, _ = train(resume=True, sample_tokens=0)
+    assert result.finished
+    assert result.sample is None
+
+
+def stop_at(step: int, monkeypatch) -> None:
+    """Lets SIGTERM come while `step` is computed."""
+    from cruxy_triton.finetune import train as train_module
+
+    real = train_module.Telemetry.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        real(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), 15)
+
+    monkeypatch.setattr(train_module.Telemetry, "on_step_end", on_step_end)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(train, tmp_path: Path, monkeypatch) -> None:
+    train(output="whole", max_steps=8)
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        stopped, said = train(output="broken", max_steps=8)
+    assert (stopped.step, stopped.signal) == (5, 15)
+    assert any(line.startswith("stopping: finishing this step") for line in said)
+    optimizer = tmp_path / "broken" / "checkpoints" / "checkpoint-5" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    _, said = train(output="broken", resume=True)
+    assert any("checkpoint-5 is damaged (optimizer.pt is not as it was written)" in line for line in said)
+    assert record(tmp_path / "broken")["resumed_at_steps"] == [4]
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert (tmp_path / "broken" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(train, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        train()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    slow = [json.loads(line) | ({"seconds": 1000.0} if '"seconds"' in line else {}) for line in lines]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slow))
+    train(resume=True)
+    assert 3000 < record(tmp_path / "run")["result"]["seconds"] < 3100
+    assert "in 300" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(train, tmp_path: Path, monkeypatch) -> None:
+    """The kernel itself refuses to write more than a few kilobytes to a file, in the middle of a checkpoint."""
+    resource = pytest.importorskip("resource", reason="limits on the size of a file exist on POSIX only")
+    from cruxy_triton.finetune import train as train_module
+
+    train(output="whole")
+    real = train_module.Trainer._save_checkpoint
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: Any, *args: Any) -> None:
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            real(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Trainer, "_save_checkpoint", limited)
+        with pytest.raises(run.TrainingFailed, match=r"checkpoints cannot be written \(.*MiB free\); make room and"):
+            train()
+    assert record(tmp_path / "run")["status"] == "failed"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    train(resume=True)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_model_is_read_once(train, small_model, tmp_path: Path) -> None:
+    """By the operating system's account of what is opened: a config, a tokenizer and weights have one reader each."""
+    import sys
+
+    model = tmp_path / "model"
+    shutil.copytree(small_model(), model)
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    train(model=str(model))
+    names = ("config.json", "tokenizer.json", "generation_config.json")
+    assert {name: opened.count(str(model / name)) for name in names} == dict.fromkeys(names, 1)
+
+
+def test_paths_are_kept_whole_and_the_adapter_can_be_published(train, small_model, sums, tmp_path, monkeypatch) -> None:
+    model = tmp_path / "elsewhere" / "model"
+    shutil.copytree(small_model(), model)
+    (model / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Model\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copy(sums, "sums.jsonl")
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        train(model="model", data="sums.jsonl")
+    train(resume=True, model="./model")
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    assert (adapter / "README.md").read_text().startswith(
+        f"---\nbase_model: {model}\nlibrary_name: peft\nlicense: apache-2.0\n---\n"
+    )
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {oct(p.stat().st_mode & 0o777) for p in adapter.iterdir()} == {oct(0o666 & ~umask)}
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_the_option_is_named(train, small_model, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mystery", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match=r"brings code of its own: read it, .* --trust-remote-code"):
+        train(model=str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(train, small_model, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="the model knows tokens below 100 only"):
+        train(model=str(folder))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_schedule_is_transformers_own_but_for_a_first_step_that_trains(schedule: str) -> None:
+    from transformers import get_scheduler
+
+    from cruxy_triton.finetune.train import lr_factor
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    oracle = get_scheduler(name, optimizer=optimizer, num_warmup_steps=5, num_training_steps=40)
+    expected = []
+    for _ in range(41):
+        expected.append(oracle.get_last_lr()[0])
+        optimizer.step()
+        oracle.step()
+    found = [lr_factor(schedule, step, 5, 40) for step in range(41)]
+    assert found[5:] == pytest.approx(expected[5:], abs=1e-12)
+    assert found[:5] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+
+
+def test_what_the_report_says_is_what_was_computed(train, tmp_path: Path) -> None:
+    result, said = train(max_seq_length=32)
+    found = record(tmp_path / "run")
+    report = (tmp_path / "run" / "report.md").read_text()
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert found["result"]["tokens"] == sum(row["tokens"] for row in steps)
+    assert all(0 <= row["accuracy"] <= 1 and 0 < row["tokens"] <= 2 * 32 for row in steps)
+    assert found["result"]["epochs"] == pytest.approx(8 / found["records"]["sequences"])
+    cut = found["records"]["cut"]
+    assert cut > 0
+    warning = f"{cut:,} of {found['records']['train']:,} training records are cut at 32 tokens"
+    assert any(warning in line and line.startswith("warning") for line in said)
+    for words in (
+        f"{found['result']['epochs']:.2f} epochs", "tokens per second", warning,
+        f"held out ({result.after['sequences']} sequences, {result.after['tokens']:,} tokens)",
+        f"{found['records']['trained_tokens']:,} of them trained on",
+    ):  # fmt: skip
+        assert words in report, words
