@@ -1,8 +1,10 @@
-"""`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
+"""`cruxy-triton bench`: the optimizer step against its peers, the choices behind the formats, the guard under stress.
 
 cruxy-triton bench step --device cpu --census lora-r8
 cruxy-triton bench codec --gradients runs/NAME/gradients
 cruxy-triton bench rounding
+cruxy-triton bench stress --quick
+cruxy-triton bench faults --count 1000
 """
 
 import argparse
@@ -31,24 +33,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
-    for kind in (step, codec, rounding):
+    stress = kinds.add_parser("stress", help="small models at absurd learning rates, with and without the guard")
+    stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
+    stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
+    stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
+    stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
+    faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
+    faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
+    for kind in (step, codec, rounding, stress, faults):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(args: argparse.Namespace) -> int:
-    report = {"step": run_step, "codec": run_codec, "rounding": run_rounding}[args.kind](args)
+    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
+    report = kinds[args.kind](args)
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return 0
-    rows = report["rows"]
-    heads = list(dict.fromkeys(head for row in rows for head in row))
-    sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]))
-    facts = {key: value for key, value in report.items() if key not in ("rows", "absent") and value is not None}
-    sys.stdout.write("\n" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
+        return report.get("code", 0)
+    for name in ("rows", "verdict"):
+        rows = report.get(name, [])
+        heads = list(dict.fromkeys(head for row in rows for head in row))
+        if rows:
+            sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
+    code = report.pop("code", 0)
+    hidden = ("rows", "verdict", "runs", "absent")
+    facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
+    sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, reason in report.get("absent", {}).items():
         sys.stdout.write(f"did not run: {name} ({reason})\n")
-    return 0
+    return code
 
 
 def cell(value: Any) -> str:
@@ -85,3 +99,23 @@ def run_rounding(args: argparse.Namespace) -> dict[str, Any]:
     from cruxy_triton.bench import rounding
 
     return {"rows": rounding.table()}
+
+
+def run_stress(args: argparse.Namespace) -> dict[str, Any]:
+    from cruxy_triton.bench import stress
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    return stress.report(quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, say=say)
+
+
+def run_faults(args: argparse.Namespace) -> dict[str, Any]:
+    """Exit code 1 where a scenario did not end as it should."""
+    from cruxy_triton.bench import faults
+
+    if args.count < 1:
+        raise UserError("--count must be at least 1")
+    rows = faults.table(args.count)
+    missed = sum(row["scenarios"] - row["passed"] for row in rows)
+    return {"rows": rows, "scenarios": args.count, "not as they should be": missed, "code": int(missed > 0)}
