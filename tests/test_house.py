@@ -31,6 +31,7 @@ FLOORS = [
         "cruxy_triton.checkpoint",
         "cruxy_triton.optimizer",
     },
+    {"cruxy_triton.guard"},
     {"cruxy_triton.planner"},
     {"cruxy_triton.finetune"},
     {"cruxy_triton.bench", "cruxy_triton.doctor"},

@@ -1,9 +1,11 @@
-"""`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
+"""`cruxy-triton bench`: the optimizer step against its peers, the choices behind the formats, the guard under stress.
 
 cruxy-triton bench step --device cpu --census lora-r8
 cruxy-triton bench codec --gradients runs/NAME/gradients
 cruxy-triton bench rounding
 cruxy-triton bench gpu --out results
+cruxy-triton bench stress --quick
+cruxy-triton bench faults --count 1000
 """
 
 import argparse
@@ -33,12 +35,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
-    gpu = kinds.add_parser("gpu", help="all that only a card can show, in 8 minutes, as one JSON file")
-    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON file")
-    gpu.add_argument("--device", choices=("cpu", "cuda"), help="cpu: as far as it goes without a card (default: cuda)")
-    gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
-    gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
-    for kind in (step, codec, rounding, gpu):
+    if args.kind == "gpu":
+        return run_gpu(args)
+    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
+    report = kinds[args.kind](args)
+    code = report.pop("code", 0)
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        return code
+    for name in ("rows", "verdict"):
+        rows = report.get(name, [])
+        heads = list(dict.fromkeys(head for row in rows for head in row))
+        if rows:
+            sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
+    hidden = ("rows", "verdict", "runs", "absent", "work")
+    facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
+    sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
+    for name, steps in report.get("work", {}).items():
+        for kind, work in steps.items():
+            sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -59,9 +74,25 @@ def run(args: argparse.Namespace) -> int:
     for name, steps in report.get("work", {}).items():
         for kind, work in steps.items():
             sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
+
+
+    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
+    report = kinds[args.kind](args)
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        return report.get("code", 0)
+    for name in ("rows", "verdict"):
+        rows = report.get(name, [])
+        heads = list(dict.fromkeys(head for row in rows for head in row))
+        if rows:
+            sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
+    code = report.pop("code", 0)
+    hidden = ("rows", "verdict", "runs", "absent")
+    facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
+    sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, reason in report.get("absent", {}).items():
         sys.stdout.write(f"did not run: {name} ({reason})\n")
-    return 0
+    return code
 
 
 def cell(value: Any) -> str:
@@ -116,3 +147,23 @@ def run_gpu(args: argparse.Namespace) -> int:
         print("\n".join(map(gpu.line, report["parts"])))
         print(f"\n{path}")
     return 0 if gpu.passed(report) else 1
+
+
+def run_stress(args: argparse.Namespace) -> dict[str, Any]:
+    from cruxy_triton.bench import stress
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    return stress.report(quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, say=say)
+
+
+def run_faults(args: argparse.Namespace) -> dict[str, Any]:
+    """Exit code 1 where a scenario did not end as it should."""
+    from cruxy_triton.bench import faults
+
+    if args.count < 1:
+        raise UserError("--count must be at least 1")
+    rows = faults.table(args.count)
+    missed = sum(row["scenarios"] - row["passed"] for row in rows)
+    return {"rows": rows, "scenarios": args.count, "not as they should be": missed, "code": int(missed > 0)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from cruxy_triton.guard import checkpoints
+from cruxy_triton import files
 from cruxy_triton.guard.guard import TrainingGuard
 from cruxy_triton.guard.policy import Policy
 
@@ -91,7 +91,7 @@ class GuardCallback(TrainerCallback):
         if self.guard is None or not state.is_world_process_zero or not folder.is_dir():
             return
         torch.save(self.guard.state_dict(), folder / STATE_FILE)
-        checkpoints.seal(folder)
+        files.seal(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._hook is not None:

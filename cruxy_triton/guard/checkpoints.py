@@ -1,14 +1,12 @@
-"""Checkpoints that survive: a folder per step, written aside, synchronised to the disk, checksummed, moved into place.
+"""Checkpoints that survive: a folder per step, written aside, synchronised to the disk, sealed, moved into place.
 
-    FOLDER/checkpoint-STEP/{NAME.pt, ..., checksums.json}
+    FOLDER/checkpoint-STEP/NAME.pt
 
-A folder without `checksums.json`, or whose files do not agree with it, is damaged; `newest_good` names it and takes
-the one before. Old folders are removed only after the new one was read back and found good, and never the last good.
-The names are those of the Hugging Face Trainer, whose folders `seal` makes verifiable after the fact.
+A folder without its checksums (`files.seal`), or whose files do not agree with them, is damaged; `newest_good` names
+it and takes the one before. Old folders are removed only after the new one was read back and found good, and never
+the last good one. The names are those of the Hugging Face Trainer.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,7 +15,8 @@ from typing import Any
 
 import torch
 
-CHECKSUMS = "checksums.json"
+from cruxy_triton import files
+
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -47,20 +46,17 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, objects: dict[str
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, value in objects.items():
-            with (temporary / f"{name}.pt").open("wb") as file:
-                torch.save(value, file)
-                file.flush()
-                os.fsync(file.fileno())
-        seal(temporary)
-        problems = verify(temporary)  # as the disk has it, before anything older goes
-        if problems:
-            raise OSError("; ".join(problems))
+            torch.save(value, temporary / f"{name}.pt")
+        files.seal(temporary)
+        fault = files.damage(temporary)  # before anything older goes
+        if fault is not None:
+            raise OSError(fault)
         old = folder / f".checkpoint-{step}.old"
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         temporary.rename(target)
-        _fsync_folder(folder)
+        files.sync(folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a failing write as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,10 +91,10 @@ def newest_good(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]
     """The newest checkpoint that agrees with its checksums, and a sentence for each damaged one that is newer."""
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
-        problems = verify(path)
-        if not problems:
+        fault = files.damage(path)
+        if fault is None:
             return path, damaged
-        damaged.append(f"{path.name} is damaged: {', '.join(problems)}")
+        damaged.append(f"{path.name} is damaged ({fault})")
     return None, damaged
 
 
@@ -125,77 +121,16 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def seal(path: str | os.PathLike[str]) -> None:
-    """Synchronise a folder's files to the disk and write `checksums.json` (SHA-256 and size of each)."""
-    path = Path(path)
-    files = {}
-    for file in _files(path):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    temporary = path / f".{CHECKSUMS}.tmp"
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump({"files": files}, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path / CHECKSUMS)
-    _fsync_folder(path)
-
-
-def verify(path: str | os.PathLike[str]) -> list[str]:
-    """What is wrong with a sealed folder, a phrase per file; an empty list where nothing is."""
-    path = Path(path)
-    try:
-        files = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        return [f"{CHECKSUMS} is missing: it was not written to its end"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [f"{CHECKSUMS} cannot be read"]
-    problems = []
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        elif _sha256(file) != digest:
-            problems.append(f"{name} does not agree with its checksum")
-    return problems
-
-
 def _rotate(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` good checkpoints; damaged ones older than those go as well."""
     good = 0
     for path in reversed(checkpoints(folder)):
         if good >= keep:
             shutil.rmtree(path, ignore_errors=True)
-        elif not verify(path):
+        elif files.damage(path) is None:
             good += 1
     for leftover in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     for old in folder.glob(".checkpoint-*.old"):  # a crash came between the replacing and the removing
-        if not verify(_replaced(old)):
+        if files.damage(_replaced(old)) is None:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(f for f in path.rglob("*") if f.is_file() and f.name not in (CHECKSUMS, f".{CHECKSUMS}.tmp"))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fsync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows has no handle on a folder to synchronise
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cruxy_triton import files
 from cruxy_triton.bench import faults
 from cruxy_triton.guard import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
 
@@ -44,7 +45,7 @@ def test_rotation_never_removes_the_last_good_one(folder):
         save_checkpoint(folder, 50, objects(50), keep=0)
 
 
-@pytest.mark.parametrize("name", ["model.pt", "guard.pt", "checksums.json"])
+@pytest.mark.parametrize("name", ["model.pt", "guard.pt", files.CHECKSUMS])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "changed bit", "removed"])
 def test_damage_is_recognised_named_and_gone_round(folder, name, damage):
     file = folder / "checkpoint-20" / name
@@ -58,7 +59,7 @@ def test_damage_is_recognised_named_and_gone_round(folder, name, damage):
     assert step == 10
     assert loaded["guard"]["step"] == 10
     assert len(damaged) == 1
-    assert damaged[0].startswith("checkpoint-20 is damaged: ")
+    assert damaged[0].startswith("checkpoint-20 is damaged (")
     if damage != "changed bit":  # a changed bit in the list of checksums shows in whatever file it belongs to
         assert name in damaged[0]
 
@@ -70,15 +71,16 @@ def test_every_single_bit_of_a_small_file_is_guarded(folder):
         changed = bytearray(data)
         changed[position] ^= 1 << (position % 8)
         file.write_bytes(changed)
-        assert checkpoints.verify(file.parent) == ["guard.pt does not agree with its checksum"]
+        assert files.damage(file.parent) == "guard.pt is not as it was written"
     file.write_bytes(data)
-    assert checkpoints.verify(file.parent) == []
+    assert files.damage(file.parent) is None
 
 
 def test_nothing_to_load_says_why(folder, tmp_path):
     for step in (10, 20):
         (folder / f"checkpoint-{step}" / "model.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-20 is damaged: model.pt is missing; checkpoint-10 is dam"):
+    both = r"checkpoint-20 is damaged \(model.pt is missing\); checkpoint-10 is damaged"
+    with pytest.raises(CheckpointError, match=both):
         load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="no checkpoint-STEP folder"):
         load_checkpoint(tmp_path / "nowhere")
@@ -138,12 +140,13 @@ def test_really_full_disk(tmp_path):
 def test_folders_of_others_can_be_sealed(tmp_path):
     folder = tmp_path / "checkpoint-7"
     (folder / "sub").mkdir(parents=True)
-    (folder / "adapter.safetensors").write_bytes(b"weights")
-    (folder / "sub" / "x.json").write_text("{}")
-    assert checkpoints.verify(folder) == ["checksums.json is missing: it was not written to its end"]
-    checkpoints.seal(folder)
-    assert checkpoints.verify(folder) == []
-    (folder / "sub" / "x.json").write_text("[]")
-    assert checkpoints.verify(folder) == ["sub/x.json does not agree with its checksum"]
-    os.truncate(folder / "adapter.safetensors", 3)
-    assert "adapter.safetensors has 3 bytes instead of 7" in checkpoints.verify(folder)
+    (folder / "weights.bin").write_bytes(b"weights")
+    (folder / "sub" / "x.txt").write_text("{}")
+    assert files.damage(folder) == f"{files.CHECKSUMS} is missing: it was not written to its end"
+    files.seal(folder)
+    assert files.damage(folder) is None
+    (folder / "sub" / "x.txt").write_text("[]")
+    assert files.damage(folder) == "sub/x.txt is not as it was written"
+    (folder / "sub" / "x.txt").write_text("{}")
+    os.truncate(folder / "weights.bin", 3)
+    assert files.damage(folder) == "weights.bin is not as it was written"
