@@ -1,11 +1,9 @@
-"""`cruxy-triton bench`: the optimizer step against its peers, the choices behind the formats, the guard under stress.
+"""`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
 
 cruxy-triton bench step --device cpu --census lora-r8
 cruxy-triton bench codec --gradients runs/NAME/gradients
 cruxy-triton bench rounding
 cruxy-triton bench gpu --out results
-cruxy-triton bench stress --quick
-cruxy-triton bench faults --count 1000
 """
 
 import argparse
@@ -35,6 +33,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
+    gpu = kinds.add_parser("gpu", help="all that only a card can show, in 8 minutes, as one JSON file")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON file")
+    gpu.add_argument("--device", choices=("cpu", "cuda"), help="cpu: as far as it goes without a card (default: cuda)")
+    gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
+    gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
+    stress = kinds.add_parser("stress", help="small models at absurd learning rates, with and without the guard")
+    stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
+    stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
+    stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
+    stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
+    faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
+    faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
+    for kind in (step, codec, rounding, gpu, stress, faults):
+        kind.add_argument("--json", action="store_true", help="print JSON")
+        kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run(args: argparse.Namespace) -> int:
     if args.kind == "gpu":
         return run_gpu(args)
     kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
@@ -54,42 +70,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, steps in report.get("work", {}).items():
         for kind, work in steps.items():
             sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
-        kind.add_argument("--json", action="store_true", help="print JSON")
-        kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.kind == "gpu":
-        return run_gpu(args)
-    report = {"step": run_step, "codec": run_codec, "rounding": run_rounding}[args.kind](args)
-    if args.json:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return 0
-    rows = report["rows"]
-    heads = list(dict.fromkeys(head for row in rows for head in row))
-    sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]))
-    shown = {key: value for key, value in report.items() if key not in ("rows", "absent", "work")}
-    facts = {key: value for key, value in shown.items() if value is not None}
-    sys.stdout.write("\n" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
-    for name, steps in report.get("work", {}).items():
-        for kind, work in steps.items():
-            sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
-
-
-    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
-    report = kinds[args.kind](args)
-    if args.json:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return report.get("code", 0)
-    for name in ("rows", "verdict"):
-        rows = report.get(name, [])
-        heads = list(dict.fromkeys(head for row in rows for head in row))
-        if rows:
-            sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
-    code = report.pop("code", 0)
-    hidden = ("rows", "verdict", "runs", "absent")
-    facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
-    sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, reason in report.get("absent", {}).items():
         sys.stdout.write(f"did not run: {name} ({reason})\n")
     return code

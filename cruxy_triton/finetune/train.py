@@ -138,8 +138,12 @@ class Trainer(SFTTrainer):
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
-            self.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.set_loss(self.step_loss))
+            self.optimizer.register_step_pre_hook(self._hand_loss)
         return self.optimizer
+
+    def _hand_loss(self, optimizer: Any, *_: Any) -> None:
+        if self.step_loss is not None:
+            optimizer.set_loss(self.step_loss)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         warmup = round(self.recipe.warmup_fraction * num_training_steps)
