@@ -196,7 +196,8 @@ def control(case: Case) -> None:
             None if found_inf is None else found_inf.reshape(()), None if scale is None else scale.double(),
         )  # fmt: skip
         if bad:
-            kept = [s for s in oracles.SLOTS if s not in (L.SKIPPED, L.SKIP, L.GRAD_NORM, L.NONFINITE)]
+            told = (L.SKIPPED, L.SKIP, L.TREND, L.GRAD_NORM, L.NONFINITE)
+            kept = [s for s in oracles.SLOTS if s not in told]
             if not torch.equal(before[:, kept].nan_to_num(), rows[:, kept].nan_to_num()):
                 raise Fault(f"{law}: a skipped step changed more than it may")
         if not torch.equal(rows[:, : L.NUM_INPUTS].nan_to_num(), before[:, : L.NUM_INPUTS].nan_to_num()):
@@ -296,7 +297,8 @@ def prepared(case: Case) -> None:
         multipliers = multipliers.contiguous()
     arguments["rows"] = arguments["rows"] or [0] * len(params)
     arguments["ids"] = arguments["ids"] or list(range(len(params)))
-    update = PreparedUpdate(rule, params, [torch.empty_like(g) for g in grads], state, len(control), **arguments)
+    other = [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype) for g in grads]
+    update = PreparedUpdate(rule, params, other, state, len(control), **arguments)
     plain = all(t.is_contiguous() for t in [*params, *grads, *[t for held in state.values() for t in held]])
     if update.usable != (plain and BACKEND != "torch"):
         raise Fault(f"usable is {update.usable} for tensors that are {'' if plain else 'not '}contiguous")
