@@ -135,6 +135,18 @@ def case(seed: int) -> None:
             raise Fault(f"{fault}\n    cruxy-triton {' '.join(map(repr, words))[:400]}") from fault
 
 
+def _end_of(group: int) -> bool:
+    """Whether processes of this group are there three seconds later; they are ended then."""
+    for _ in range(30):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return True
+
+
 def _run(rng: random.Random, words: list[str], work: Path, temporary: Path) -> None:
     if any("\0" in word for word in words):
         return
@@ -148,27 +160,29 @@ def _run(rng: random.Random, words: list[str], work: Path, temporary: Path) -> N
     patience = rng.choice((rng.uniform(0.7, 12), 30, 30, 30))
     number = rng.choice((signal.SIGINT, signal.SIGINT, signal.SIGTERM))
     deaf = rng.random() < 0.05
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cruxy_triton", *words], cwd=work, env=environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-    )  # fmt: skip
-    if deaf:
-        assert process.stdout is not None
+    out, err = work.parent / "stdout", work.parent / "stderr"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cruxy_triton", *words], cwd=work, env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if deaf else stdout, stderr=stderr, start_new_session=True,
+        )  # fmt: skip
+    if process.stdout is not None:
         process.stdout.close()
-        process.stdout = None
     sent = False
     try:
-        _, said = process.communicate(timeout=patience)
+        code = process.wait(patience)
     except subprocess.TimeoutExpired:
         process.send_signal(number)
         sent = True
-        start = time.monotonic()
         try:
-            _, said = process.communicate(timeout=60)
+            code = process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
-            raise Fault(f"still running {time.monotonic() - start:.0f} s after {number.name}") from None
-    code = process.returncode
+            raise Fault(f"still running 60 s after {number.name}") from None
+    finally:
+        orphans = _end_of(process.pid)
+    said = err.read_text(encoding="utf-8", errors="replace")
+    if orphans:
+        raise Fault(f"processes left behind, {number.name if sent else 'by itself'}")
     allowed = (*CODES, -number) if sent and number == signal.SIGTERM else CODES
     how = f"{number.name} after {patience:.1f} s" if sent else "reader gone" if deaf else "by itself"
     if code not in allowed:
