@@ -18,7 +18,7 @@ import torch
 
 from cruxy_triton import cli
 from cruxy_triton.bench.gpu_device import smi
-from cruxy_triton.planner.shape import profile_texts, tomllib
+from cruxy_triton.planner.lookup import profiles
 
 CAP = "4GiB"
 MIB = 1 << 20
@@ -34,10 +34,8 @@ def config_of(model: str, *, tiny: bool) -> Any:
     """The transformers config of a profile, or of its family in a small size."""
     from transformers import AutoConfig
 
-    values = {
-        k: v for k, v in tomllib.loads(profile_texts("models")[model]).items() if isinstance(v, (int, float, bool))
-    }
-    profile = tomllib.loads(profile_texts("models")[model])
+    profile = profiles("models")[model]
+    values = {name: value for name, value in profile.items() if isinstance(value, (int, float, bool))}
     if tiny:
         values |= TINY
         if profile["model_type"] == "phi":

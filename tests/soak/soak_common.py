@@ -20,7 +20,7 @@ def soak(case: Callable[[int], None], parser: argparse.ArgumentParser | None = N
     args = options(parser)
     if args.seed is not None:
         case(args.seed)
-        print(f"seed {args.seed}: nothing found")
+        sys.stdout.write(f"seed {args.seed}: nothing found\n")
         return
     end, seed, found = time.monotonic() + 60 * args.minutes, args.start, {}
     faulthandler.enable()
@@ -37,10 +37,11 @@ def soak(case: Callable[[int], None], parser: argparse.ArgumentParser | None = N
             kind = re.sub(r"[-+]?\d[\d.e+-]*|'[^']*'|\([^)]*\)", "*", text.partition("\n")[0]) + f" {where.lineno}"
             found.setdefault(kind, []).append((seed, text))
         seed += 1
-    print(f"{seed - args.start} cases from seed {args.start}, {sum(map(len, found.values()))} failed")
+    failed = sum(map(len, found.values()))
+    sys.stdout.write(f"{seed - args.start} cases from seed {args.start}, {failed} failed\n")
     for cases in found.values():
         first, text = cases[0]
-        print(f"FAILED --seed {first} ({len(cases)} like it): {text}")
+        sys.stdout.write(f"FAILED --seed {first} ({len(cases)} like it): {text}\n")
     sys.exit(1 if found else 0)
 
 

@@ -90,11 +90,13 @@ class Case:
             "betas": (0.9, rng.choice((0.99, 0.999))), "weight_decay": rng.choice((0.0, 0.1)),
             "use_lion": rng.random() < 0.5, "meta_interval": rng.choice((1, 3, 10)), "guard": rng.random() < 0.7,
             "bounds": rng.choice(((0.1, 4.0), None)), "history": rng.choice((0, 3, 1000)),
-            "backend": rng.choice((None, "torch")), "capturable": rng.random() < 0.2, "gamma_norm": rng.choice((1.5, 2.3)),
+            "backend": rng.choice((None, "torch", "native")), "capturable": rng.random() < 0.2,
+            "gamma_norm": rng.choice((1.5, 2.3)), "seed": rng.randrange(1 << 24),
         }  # fmt: skip
         self.coded = made_with["use_lion"] and rng.random() < 0.5
         if self.coded:
             made_with["state_bits"] = 8
+        self.narrow = self.coded or made_with["backend"] == "native"  # both have no float64
         self.life = Life(made_with, [self.group() for _ in range(rng.randrange(1, 4))])
         self.other: Life | None = None
         self.taken = self.skipped = 0
@@ -113,7 +115,7 @@ class Case:
         return group
 
     def parameter(self) -> Parameter:
-        dtype = self.rng.choice(DTYPES[:4] if self.coded else DTYPES)
+        dtype = self.rng.choice(DTYPES[: 4 if self.narrow else 5])
         values = torch.randn(self.rng.choice(SHAPES), generator=self.generator).to(dtype)
         if values.dim() > 1 and self.rng.random() < 0.3:
             values = values.mT.contiguous().mT
@@ -246,33 +248,40 @@ class Case:
         rng, optimizer = self.rng, self.life.optimizer
         state = copy.deepcopy(optimizer.state_dict())
         held = [key for key, value in state["state"].items() if value]
+
+        def add(*values: float, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+            optimizer.add_param_group({"params": [Parameter(torch.tensor(values, dtype=dtype))], **settings})
+
+        def load(**changed: Any) -> None:
+            """`changed` replaces entries of one parameter's state; None takes them out."""
+            entry = state["state"][rng.choice(held)]
+            for name, value in changed.items():
+                entry.pop(name, None)
+                if value is not None:
+                    entry[name] = value
+            optimizer.load_state_dict(state)
+
+        def load_control(control: Tensor) -> None:
+            state["param_groups"][0]["control"] = control
+            optimizer.load_state_dict(state)
+
         ways: dict[str, Any] = {
             "known parameter": lambda: optimizer.add_param_group({"params": [self.life.params[0]]}),
-            "negative lr": lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "lr": -1.0}),
-            "betas of 1": lambda: optimizer.add_param_group(
-                {"params": [Parameter(torch.ones(2))], "betas": (0.9, 1.0)}
-            ),
-            "complex": lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(2, dtype=torch.complex64))]}),
-            "groups": lambda: optimizer.load_state_dict(state | {"param_groups": state["param_groups"][1:]}),
+            "negative lr": lambda: add(1.0, lr=-1.0),
+            "betas of 1": lambda: add(1.0, betas=(0.9, 1.0)),
+            "complex": lambda: add(1.0, dtype=torch.complex64),
+            "fewer groups": lambda: optimizer.load_state_dict(state | {"param_groups": state["param_groups"][1:]}),
             "two numbers as a loss": lambda: optimizer.step(loss=torch.ones(2)),
         }
         if held:
-            key = rng.choice(held)
             ways |= {
-                "shape": lambda: (
-                    state["state"][key].update(exp_avg=torch.zeros(1999)) or optimizer.load_state_dict(state)
-                ),
-                "no exp_avg": lambda: state["state"][key].pop("exp_avg") is None or optimizer.load_state_dict(state),
-                "foreign key": lambda: state["state"][key].update(z=torch.ones(1)) or optimizer.load_state_dict(state),
-                "control": lambda: (
-                    state["param_groups"][0].update(control=torch.zeros(3)) or optimizer.load_state_dict(state)
-                ),
+                "shape": lambda: load(exp_avg=torch.zeros(1999)),
+                "no exp_avg": lambda: load(exp_avg=None),
+                "foreign key": lambda: load(z=torch.ones(1)),
+                "control": lambda: load_control(torch.zeros(3)),
             }
-            if "exp_avg_scale" in state["state"][key]:
-                ways["scales"] = lambda: (
-                    state["state"][key].update(exp_avg_scale=torch.zeros(999, dtype=torch.bfloat16))
-                    or optimizer.load_state_dict(state)
-                )
+            if self.coded:
+                ways["scales"] = lambda: load(exp_avg_scale=torch.zeros(999, dtype=torch.bfloat16))
         way = rng.choice(list(ways))
         for p in self.life.params:  # so that a step has something to refuse
             p.grad = torch.zeros_like(p)
