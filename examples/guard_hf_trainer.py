@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from cruxy_triton import files
 from cruxy_triton.guard import GuardCallback, read_events
 
-DAMAGED = 999  # a token that only damaged records hold
+DAMAGED = 999  # only damaged records hold this token
 
 
 class Damaging(LlamaForCausalLM):

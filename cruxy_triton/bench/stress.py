@@ -213,7 +213,7 @@ def run(text: Text, name: str, optimizer: str, lr: float, guarded: bool, seed: i
     size, contestant = text.size, CONTESTANTS[optimizer]
     torch.manual_seed(seed)
     model = CharacterModel(text.symbols, size)
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     made = contestant.make(params, lr)
     clip = _clipping(contestant.clip, size.steps)
     schedule = None
@@ -289,7 +289,7 @@ def verdict(runs: list[Run]) -> list[dict[str, Any]]:
         found.append(
             {
                 "text": text, "optimizer": optimizer, "tuned lr": best, "tuned loss": tuned,
-                "seeds' spread": spread, "with guard": means[best, True],
+                "spread over seeds": spread, "with guard": means[best, True],
                 "worst to 30x without": beyond[False] / tuned, "worst to 30x with": beyond[True] / tuned,
                 "held": "yes" if beyond[True] <= MARGIN * tuned and means[best, True] <= tuned + spread else "no",
             }

@@ -19,7 +19,7 @@ MOMENTUM = ("exp_avg", "momentum_buffer", "exp_avg_scale", "state1", "absmax1")
 class LearningRate:
     """A factor in [min_lr_factor, 1] that multiplies every group's learning rate during the step only.
 
-    `apply` before the step, `restore` after it: between steps a group's `lr` is the user's and the scheduler's. The
+    `apply` before the step, `restore` after it: otherwise the `lr` of a group is the user's and the scheduler's. The
     factor falls at once (`cut`) and rises slowly (`recover`). After a cut it climbs quickly only to 0.7 of where the
     trouble was, and a tenth as fast beyond. `hold` keeps the update-to-weight ratio at a target instead.
     """

@@ -1,4 +1,4 @@
-"""TrainingGuard: watches an optimizer through its step hooks, judges each step, acts within its budgets.
+"""TrainingGuard: sits on the step hooks of an optimizer, judges each step, acts within its budgets.
 
 The order of a step:
 

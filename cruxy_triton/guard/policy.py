@@ -26,7 +26,7 @@ class Policy:
     baseline_memory: int = 50  # steps that the baselines remember
     patience: int = 4  # outliers in a row that are a new level, not outliers
 
-    # Regimes: severities (0, 1 or 2 a step) fill a bucket that leaks by `pressure_leak` a step.
+    # Regimes: severities (0, 1 or 2 per step) fill a bucket that leaks by `pressure_leak` a step.
     warmup_steps: int = 20  # steps before the regime may be stable
     loss_sigmas: float = 4.0  # loss above its level by this: severity 1
     loss_sigmas_severe: float = 8.0  # severity 2

@@ -1,4 +1,4 @@
-"""Regimes: what state a run is in, from the severity of each step, with hysteresis.
+"""Regimes: the state of a run, from the severity of each step, with hysteresis.
 
 Each step has a severity: 0 calm, 1 mild (a global gradient norm `clip_sigmas` above its history, a loss `loss_sigmas`
 above its level), 2 severe (a skipped step, a loss `loss_sigmas_severe` above its level). They fill a leaky bucket,

@@ -273,7 +273,7 @@ def values(grad: Any) -> Tensor:
 
 
 def shards(param: Any) -> int:
-    """Into how many parts a parameter is split over the ranks."""
+    """How many ranks share one parameter."""
     if not distributed.is_sharded(param):
         return 1
     return math.prod(param.device_mesh.size(i) for i, p in enumerate(param.placements) if p.is_shard())

@@ -28,7 +28,7 @@ def test_verdict_by_hand():
     (row,) = stress.verdict(runs)
     assert row["tuned lr"] == 1e-3
     assert row["tuned loss"] == pytest.approx(2.1)
-    assert row["seeds' spread"] == pytest.approx(0.2)
+    assert row["spread over seeds"] == pytest.approx(0.2)
     assert row["worst to 30x without"] == math.inf
     assert row["worst to 30x with"] == pytest.approx(2.3 / 2.1)  # 3e-2 is 30 times, 1e-1 is beyond
     assert row["held"] == "yes"

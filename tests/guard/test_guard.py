@@ -109,7 +109,7 @@ def test_the_skip_of_the_optimizers_own_kind_agrees_with_the_hosts(regression, m
     """On an accelerator skipping is left to `found_inf`; here the same path on the CPU.
 
     AdamW agrees bit for bit. CruxyOptimizer's slow loop counts calls, of which a hidden gradient makes none, so that it
-    adapts a step earlier or later.
+    adapts one step earlier or later.
     """
 
     def poison(model, step):
