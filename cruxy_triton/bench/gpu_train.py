@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from cruxy_triton import cli
 from cruxy_triton.bench.gpu_device import smi
+from cruxy_triton.errors import UserError
 from cruxy_triton.planner.lookup import profiles
+from cruxy_triton.settings import parse_bytes
 
 CAP = "4GiB"
 MIB = 1 << 20
@@ -150,26 +151,23 @@ def peak(device: str, model: str, length: int, load_in_4bit: bool, folder: str =
     weights = write_checkpoint(work / "model", config_of(model, tiny=on_cpu))
     write_tokenizer(work / "model")
     write_text(work / "text.txt", 24 * BATCH * length)
-    words = ["--load-in-4bit"] if load_in_4bit else ["--dtype", "float32" if on_cpu else "float16"]
-    words += ["--device", "cpu"] if on_cpu else ["--vram", CAP]
+    kept: dict[str, Any] = {"load_in_4bit": True} if load_in_4bit else {"dtype": "float32" if on_cpu else "float16"}
+    kept |= {"device": "cpu"} if on_cpu else {"vram_bytes": parse_bytes(CAP)}
     watch = Watch()
     if not on_cpu:
         watch.start()
     started = time.monotonic()
-    code = cli.main(
-        [
-            "finetune", str(work / "model"), "--data", str(work / "text.txt"), "--output", str(work / "run"),
-            "--max-seq-length", str(length), "--lora-r", "16", "--lora-alpha", "32", "--batch-size", str(BATCH),
-            "--max-steps", str(STEPS), "--max-eval-samples", "1", "--sample-tokens", "0", *words,
-        ]
+    failed = finetune(
+        model=str(work / "model"), data=str(work / "text.txt"), output=str(work / "run"), max_seq_length=length,
+        lora_r=16, lora_alpha=32, batch_size=BATCH, max_steps=STEPS, max_eval_samples=1, sample_tokens=0, **kept,
     )  # fmt: skip
     seconds = time.monotonic() - started
     run_json = work / "run" / "run.json"
     run = json.loads(run_json.read_text(encoding="utf-8")) if run_json.exists() else {}
     if run.get("status") == "out of memory":
         return {"status": "out of memory", "predicted": _predicted(run), "failures": ["the card's cap was reached"]}
-    if code != 0 or "result" not in run:
-        return {"failures": [f"finetune ended with exit code {code}"]}
+    if failed or "result" not in run:
+        return {"failures": [f"finetune: {failed or 'no result'}"]}
     found = {"model": model, "weights_bytes": weights, "seconds": round(seconds, 1), "predicted": _predicted(run)}
     if on_cpu:
         return found | {"note": "a CPU's allocator has no cap and keeps no account: nothing was measured"}
@@ -193,6 +191,21 @@ def peak(device: str, model: str, length: int, load_in_4bit: bool, folder: str =
     return found | {"measured": measured, "predicted_over_measured_minus_1": off, "failures": failures}
 
 
+def finetune(**settings: Any) -> str:
+    """A run of `cruxy-triton finetune` in this process; why it failed, "" where it did not."""
+    from cruxy_triton.finetune.folder import RunFolder
+    from cruxy_triton.finetune.recipe import Recipe
+    from cruxy_triton.finetune.run import Hooks, TrainingFailed
+    from cruxy_triton.finetune.run import finetune as run
+
+    recipe = Recipe(**settings)
+    try:
+        run(recipe, RunFolder(recipe.output), Hooks(say=lambda line: sys.stdout.write(line + "\n")))
+    except (TrainingFailed, UserError) as error:
+        return str(error)
+    return ""
+
+
 def _predicted(run: dict[str, Any]) -> dict[str, Any]:
     plan = run.get("plan") or {}
     found = {name: plan.get(name) for name in ("allocated_bytes", "reserved_bytes", "error_bytes", "config", "notes")}
@@ -212,15 +225,13 @@ def float16_run(device: str, steps: int = 30, folder: str = "float16") -> dict[s
     records = [{"prompt": f"What is {a} plus {b}?", "completion": f" {a} + {b} = {a + b}"} for a, b in pairs]
     (work / "sums.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
     dtype = "float32" if device == "cpu" else "float16"  # finetune refuses float16 on a CPU
-    code = cli.main(
-        [
-            "finetune", str(model), "--data", str(work / "sums.jsonl"), "--output", str(work / "run"), "--lr", "0.01",
-            "--max-steps", str(steps), "--batch-size", "4", "--max-seq-length", "64", "--lora-r", "8",
-            "--sample-tokens", "0", "--dtype", dtype, *(["--device", "cpu"] if device == "cpu" else []),
-        ]
+    failed = finetune(
+        model=str(model), data=str(work / "sums.jsonl"), output=str(work / "run"), lr=0.01, max_steps=steps,
+        batch_size=4, max_seq_length=64, lora_r=8, sample_tokens=0, dtype=dtype,
+        device="cpu" if device == "cpu" else "auto",
     )  # fmt: skip
-    if code != 0:
-        return {"failures": [f"finetune ended with exit code {code}"]}
+    if failed:
+        return {"failures": [f"finetune: {failed}"]}
     run = json.loads((work / "run" / "run.json").read_text(encoding="utf-8"))
     lines = (work / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "eval_loss" not in row]

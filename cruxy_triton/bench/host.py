@@ -32,9 +32,8 @@ METHODS = ("data_ptr", "is_contiguous")
 @contextmanager
 def _replaced(original: Any, replacement: Any) -> Iterator[None]:
     """Puts `replacement` where the modules of this project hold `original`."""
-    modules = [
-        m for name, m in list(sys.modules.items()) if name.partition(".")[0] in ("cruxy_kernels", "cruxy_triton")
-    ]
+    ours = (cruxy_kernels.__name__, __name__.partition(".")[0])
+    modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in ours]
     with ExitStack() as stack:
         for module in modules:
             for name in [name for name, value in vars(module).items() if value is original]:

@@ -1,7 +1,7 @@
 """What the kernels must compute, written down once more: in float64, tensor by tensor, from docs/laws.md.
 
 Nothing here is shared with `cruxy_kernels` but the names of the control vector's slots. Each `check_*` returns
-sentences about what is wrong; no sentence, no fault. `Guarded` puts a tensor between cells that nobody may touch.
+sentences about what is wrong; no sentence, no fault. `Guarded` lays every tensor between cells that nobody may touch.
 """
 
 import math

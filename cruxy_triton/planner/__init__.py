@@ -7,9 +7,10 @@ if answer.fits: print(answer.config)
 
 from cruxy_triton.planner.card import Card, card_names, load_card, parse_bytes
 from cruxy_triton.planner.lookup import model_names
+from cruxy_triton.planner.models import load_model, shape_from_config
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.search import plan
-from cruxy_triton.planner.shape import ModelShape, load_model, shape_from_config
+from cruxy_triton.planner.shape import ModelShape
 
 __all__ = [
     "Card",

@@ -17,10 +17,11 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.planner.accuracy import error_bytes
 from cruxy_triton.planner.card import Card, GiB, MiB, card_names, load_card
 from cruxy_triton.planner.footprint import Footprint, allocations, footprint
+from cruxy_triton.planner.models import load_model
 from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.replay import OutOfMemory, replay, smallest_pool
-from cruxy_triton.planner.shape import ModelShape, load_model
+from cruxy_triton.planner.shape import ModelShape
 from cruxy_triton.planner.speed import step_seconds
 from cruxy_triton.planner.step import Step
 

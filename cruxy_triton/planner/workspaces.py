@@ -18,7 +18,7 @@ def efficient_backward(batch: int, heads: int, seq: int, head_dim: int) -> int:
 
 def flash_backward(batch: int, heads: int, seq: int, head_dim: int) -> int:
     """Flash attention's backward: an fp32 dq accumulator and row sums, the sequence rounded to 128 and the head size
-    to 32 (flash-attention: csrc/flash_attn/flash_api.cpp, mha_bwd)."""
+    to 32 (flash-attention: mha_bwd of its CUDA extension)."""
     return batch * heads * (-(-seq // 128) * 128) * (-(-head_dim // 32) * 32 + 1) * 4
 
 

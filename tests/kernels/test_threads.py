@@ -12,7 +12,7 @@ from cruxy_kernels.tables import CACHED_TABLES
 
 
 @pytest.fixture(autouse=True)
-def one_kernel_at_a_time(place, monkeypatch):
+def kernels_in_turn(place, monkeypatch):
     """Triton's interpreter keeps the program it is at in a global: kernels take turns there, and nothing else does."""
     if place == ("triton", "cpu"):
         lock, start = threading.Lock(), launch.launch

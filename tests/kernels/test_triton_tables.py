@@ -1,4 +1,4 @@
-"""Tables and launches: what is rebuilt and when, and how many kernels a step starts."""
+"""Tables and launches: what is rebuilt and when, and how many launches there are in one step."""
 
 import gc
 import weakref

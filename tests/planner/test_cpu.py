@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from cruxy_triton.planner.footprint import footprint
+from cruxy_triton.planner.models import shape_from_config
 from cruxy_triton.planner.optimizers import OPTIMIZERS
-from cruxy_triton.planner.shape import ModelShape, shape_from_config
+from cruxy_triton.planner.shape import ModelShape
 from cruxy_triton.planner.step import Step
 
 torch = pytest.importorskip("torch")
