@@ -38,7 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--device", choices=("cpu", "cuda"), help="cpu: as far as it goes without a card (default: cuda)")
     gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
     gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
-    for kind in (step, codec, rounding, gpu):
+    stress = kinds.add_parser("stress", help="small models at absurd learning rates, with and without the guard")
+    stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
+    stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
+    stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
+    stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
+    faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
+    faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
+    for kind in (step, codec, rounding, gpu, stress, faults):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -46,22 +53,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.kind == "gpu":
         return run_gpu(args)
-    report = {"step": run_step, "codec": run_codec, "rounding": run_rounding}[args.kind](args)
+    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
+    report = kinds[args.kind](args)
+    code = report.pop("code", 0)
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return 0
-    rows = report["rows"]
-    heads = list(dict.fromkeys(head for row in rows for head in row))
-    sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]))
-    shown = {key: value for key, value in report.items() if key not in ("rows", "absent", "work")}
-    facts = {key: value for key, value in shown.items() if value is not None}
-    sys.stdout.write("\n" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
+        return code
+    for name in ("rows", "verdict"):
+        rows = report.get(name, [])
+        heads = list(dict.fromkeys(head for row in rows for head in row))
+        if rows:
+            sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
+    hidden = ("rows", "verdict", "runs", "absent", "work")
+    facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
+    sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, steps in report.get("work", {}).items():
         for kind, work in steps.items():
             sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
     for name, reason in report.get("absent", {}).items():
         sys.stdout.write(f"did not run: {name} ({reason})\n")
-    return 0
+    return code
 
 
 def cell(value: Any) -> str:
@@ -116,3 +127,23 @@ def run_gpu(args: argparse.Namespace) -> int:
         print("\n".join(map(gpu.line, report["parts"])))
         print(f"\n{path}")
     return 0 if gpu.passed(report) else 1
+
+
+def run_stress(args: argparse.Namespace) -> dict[str, Any]:
+    from cruxy_triton.bench import stress
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    return stress.report(quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, say=say)
+
+
+def run_faults(args: argparse.Namespace) -> dict[str, Any]:
+    """Exit code 1 where a scenario did not end as it should."""
+    from cruxy_triton.bench import faults
+
+    if args.count < 1:
+        raise UserError("--count must be at least 1")
+    rows = faults.table(args.count)
+    missed = sum(row["scenarios"] - row["passed"] for row in rows)
+    return {"rows": rows, "scenarios": args.count, "not as they should be": missed, "code": int(missed > 0)}

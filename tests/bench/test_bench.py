@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cruxy_kernels import codec_reference
+from cruxy_kernels import dequantize_blockwise, quantize_blockwise
+from cruxy_kernels.codec import BLOCK, SHARPNESS
 from cruxy_triton.bench import census, codec, rounding, step
 from cruxy_triton.cli import main
 from cruxy_triton.errors import UserError
@@ -38,7 +39,7 @@ def test_codec_table_and_the_choice(recorded):
     rows, source = codec.table(recorded, (0.9, 0.99))
     assert source == "synthetic"
     by_key = {(row["name"], row["block"], row["scale"]): row for row in rows}
-    ours = by_key[f"softsign k={codec_reference.SHARPNESS}", codec_reference.BLOCK, "bf16"]
+    ours = by_key[f"softsign k={SHARPNESS}", BLOCK, "bf16"]
     assert ours["state_bytes_per_parameter"] <= 1.04
     flash = by_key["softsign k=1 (FlashOptim)", 32, "fp16"]
     assert ours["flips"] < flash["flips"]
@@ -51,10 +52,10 @@ def test_codec_table_and_the_choice(recorded):
 
 def test_the_candidate_is_the_codec_that_is_used():
     """The row of our own softsign, 64, bf16 is what quantize_blockwise stores."""
-    ours = (f"softsign k={codec_reference.SHARPNESS}", codec_reference.BLOCK, "bf16")
+    ours = (f"softsign k={SHARPNESS}", BLOCK, "bf16")
     candidate = next(c for c in codec.candidates() if (c.name, c.block, c.scale) == ours)
     m = torch.randn(6400) * torch.exp(torch.randn(6400))
-    stored = codec_reference.dequantize_blockwise(*codec_reference.quantize_blockwise(m))
+    stored = dequantize_blockwise(*quantize_blockwise(m))
     torch.testing.assert_close(candidate.round_trip(m), stored, rtol=1e-5, atol=1e-7)
 
 
