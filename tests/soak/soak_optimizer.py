@@ -237,6 +237,9 @@ class Case:
 
     def look(self) -> None:
         repr(self.life.optimizer)
+        rates = self.life.optimizer.metrics(wait=True)["lrs"]
+        if len(rates) != len(self.life.optimizer.param_groups):
+            raise Fault(f"metrics()['lrs'] has {len(rates)} rates for {len(self.life.optimizer.param_groups)} groups")
         rows = self.life.optimizer.history()
         size = self.life.made_with["history"]
         if len(rows) > size:
@@ -342,7 +345,7 @@ class Case:
             action = self.rng.choice(actions)
             self.done.append(action.__name__)
             action()
-            if action.__name__ in ("pickle", "deepcopy", "drop_group", "make_shadow") and self.other is not None:
+            if action.__name__ in ("pickle", "deepcopy", "make_shadow") and self.other is not None:
                 self.compare()
 
 
