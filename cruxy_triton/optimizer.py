@@ -365,6 +365,7 @@ class CruxyOptimizer(Optimizer):
         On an accelerator the numbers are copied in the background: the call returns those of the newest
         copy that has arrived (a call or so old) and orders the next; `wait=True` waits for this step's.
         """
+        self._rows.follow(self.param_groups)
         rows = self._reader.read(self.control, wait)
         return {**named(rows[0]), "lrs": [rows[row][L.LR_OUT] for row in self._rows.main]}
 

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import struct
+import sys
 import threading
 import time
 from pathlib import Path
@@ -191,6 +192,10 @@ def peak(device: str, model: str, length: int, load_in_4bit: bool, folder: str =
     return found | {"measured": measured, "predicted_over_measured_minus_1": off, "failures": failures}
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
 def finetune(**settings: Any) -> str:
     """A run of `cruxy-triton finetune` in this process; why it failed, "" where it did not."""
     from cruxy_triton.finetune.folder import RunFolder
@@ -200,7 +205,7 @@ def finetune(**settings: Any) -> str:
 
     recipe = Recipe(**settings)
     try:
-        run(recipe, RunFolder(recipe.output), Hooks(say=lambda line: sys.stdout.write(line + "\n")))
+        run(recipe, RunFolder(recipe.output), Hooks(say=_say))
     except (TrainingFailed, UserError) as error:
         return str(error)
     return ""

@@ -8,8 +8,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         # A forked child would inherit torch's threads in an unknown state.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-            rows = list(pool.map(inspect_one, work, chunksize=4))
+        # Without a handler a SIGTERM would end this process alone and leave the others behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with context.Pool(args.processes) as pool:
+            rows = pool.map(inspect_one, work, chunksize=4)
     for row in rows:
         moved = row["bytes_moved"]
         row["predicted_ms"] = moved * args.parameters / bandwidth / 1e6 if bandwidth and moved else None

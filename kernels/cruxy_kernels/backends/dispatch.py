@@ -307,6 +307,9 @@ def update_(
     check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
     if not params:
         return
+    for name, value in (("control", control), ("lr_multipliers", lr_multipliers)):
+        if value is not None and value.device.type != params[0].device.type:
+            raise ValueError(f"{name} is on {value.device} and params on {params[0].device}; move one to the other")
     chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend, rule)
     if lr_multipliers is not None:
         lr_multipliers = lr_multipliers.contiguous()

@@ -116,20 +116,19 @@ def _build_folder() -> Path:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Compiles to a temporary name and moves it into place, so that processes may race."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
-        command = [compiler, *_flags(), "-o", temporary, str(SOURCE)]
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
+    """Compiles in a folder of its own and moves the result into place, so that processes may race and be stopped."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder, path.name)
+        command = [compiler, *_flags(), "-o", str(built), str(SOURCE)]
+        run = functools.partial(
+            subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS,
+            env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
         try:
             run([*command, "-march=native"])
         except subprocess.CalledProcessError:  # some compilers and processors have no "native"
             run(command)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        os.replace(built, path)
 
 
 def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
