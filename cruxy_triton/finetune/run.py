@@ -134,8 +134,8 @@ class _Run:
             raise UserError(f"--max-seq-length {recipe.max_seq_length} is beyond the {limit} tokens of {recipe.model}")
         if limit is not None and recipe.sample_tokens >= limit:
             raise UserError(
-                f"--sample-tokens {recipe.sample_tokens} leaves no room for a prompt in the {limit} tokens of "
-                f"{recipe.model}; give less"
+                f"--sample-tokens {recipe.sample_tokens} is beyond the {limit} tokens of {recipe.model}, of which the "
+                "prompt needs some too; give less"
             )
         self.tokenizer = load.tokenizer_of(recipe, self.config)
         self.data = data_module.load(
