@@ -84,19 +84,39 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Returns when the disk has what is in the file, or which files are in the folder."""
+    if path.is_dir() and sys.platform == "win32":  # has no handle on a folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def seal(folder: Path) -> None:
-    """Writes the checksums of the files in `folder`, by which `damage` knows them again."""
-    write_json(folder / CHECKSUMS, {p.name: digest(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS})
+    """Writes the checksums of all files in `folder`, by which `damage` knows them again, when the disk has them."""
+    contents = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    for path in contents:
+        sync(path)
+    write_json(folder / CHECKSUMS, {p.relative_to(folder).as_posix(): digest(p) for p in contents})
+    sync(folder / CHECKSUMS)
+    sync(folder)
 
 
 def damage(folder: Path) -> str | None:
-    """What differs in `folder` from when it was sealed; None when it is whole."""
+    """What differs in `folder` from when it was sealed, the first of it; None when it is whole."""
     try:
         for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
             if digest(folder / name) != expected:
                 return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing: it was not written to its end"
     except (OSError, ValueError, AttributeError) as error:
-        return str(error)
+        return f"{CHECKSUMS} cannot be read: {error}"
     return None
 
 

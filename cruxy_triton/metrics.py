@@ -73,7 +73,7 @@ class Reader:
 
 
 class History:
-    """The last `size` control rows, on their device: 448 bytes per step."""
+    """The last `size` control rows, on their device: 448 bytes per step. `control_step` writes them."""
 
     def __init__(self, size: int):
         self._rows = torch.zeros((size, L.NUM_SLOTS))
@@ -83,18 +83,11 @@ class History:
         """Forget what was: a resumed run has the calls of the run that it continues."""
         self._start = calls(row)
 
-    def add(self, row: Tensor, call: int, *, on_device: bool) -> None:
-        """Remember the row of this call (1, 2, ...); `on_device`: the call is counted there, for CUDA graphs."""
-        size = len(self._rows)
-        if size == 0:
-            return
-        if self._rows.device != row.device:
-            self._rows = self._rows.to(row.device)
-        if on_device:
-            turn = torch.remainder(row[L.STEP] + row[L.SKIPPED] - 1, size).long()
-            self._rows.index_copy_(0, turn.reshape(1), row[None])
-        else:
-            self._rows[(call - 1) % size].copy_(row)
+    def log(self, device: torch.device) -> Tensor | None:
+        """Where `control_step` writes the row of a step; None where nothing is remembered."""
+        if self._rows.device != device:
+            self._rows = self._rows.to(device)
+        return self._rows if len(self._rows) else None
 
     def read(self, row: Tensor) -> list[dict[str, Any]]:
         """The remembered steps by name, oldest first; `row`: the present one. Waits for the device."""

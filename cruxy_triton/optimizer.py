@@ -7,7 +7,6 @@ This file holds the arguments, the state and the order of a step. The arithmetic
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import cruxy_kernels as kernels
 from cruxy_kernels import CODECS, RULES
 from cruxy_kernels import layout as L
 from cruxy_triton import checkpoint, distributed, groups
+from cruxy_triton.batches import Batch, StepPlan
 from cruxy_triton.controllers.meta import slow_loop
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
@@ -43,7 +43,7 @@ class CruxyOptimizer(Optimizer):
         decoupled_weight_decay: False adds the decay to the gradient instead (AdamW rule only).
         use_nesterov: Nesterov momentum (AdamW rule only).
         use_lion: the Lion rule (one state buffer, sign updates) instead of AdamW's.
-        use_gc: gradient centralisation: gradients of two or more dimensions lose their mean.
+        use_gc: gradient centralization: gradients of two or more dimensions lose their mean.
         meta_lr_eta, meta_lr_beta2, meta_interval: gains and period of the slow loop (paper section 4).
         gamma_norm: exponent of the gradient statistic, in [1, 4] (paper eq 1).
         bounds: (lowest, highest) multiplier of the learning rate that a controller may reach. None leaves
@@ -134,6 +134,7 @@ class CruxyOptimizer(Optimizer):
         self.seed = seed
         self._rows = ControlRows()
         self._settings: list[Settings] = []
+        self._plan: StepPlan | None = None
         self._calls = 0
         self._given_loss: Any = None
         self._calls_without_loss = 0
@@ -233,29 +234,48 @@ class CruxyOptimizer(Optimizer):
         self._calls += 1
         # A GradScaler leaves these two here for the time of the step.
         found_inf, grad_scale = (_moved(getattr(self, name, None), device) for name in ("found_inf", "grad_scale"))
+        log = self._history.log(device)
         parts = [_moved(batch.telemetry(self.gamma_norm, found_inf, self.backend), device) for batch in batches]
         kernels.control_step(
             control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device),
-            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, backend=self.backend,
+            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, backend=self.backend,
         )  # fmt: skip
-        capturable = self.param_groups[0]["capturable"]
-        if self.mode == "meta3" and (capturable or self._calls % self.meta_interval == 0):
-            slow_loop(control, bounded=self.bounds is not None)
+        if self.mode == "meta3" and (self.param_groups[0]["capturable"] or self._calls % self.meta_interval == 0):
+            slow_loop(control, bounded=self.bounds is not None, log=log, backend=self.backend)
         for batch in batches:
             batch.update(control, self.backend)
-        self._history.add(control[0], self._calls, on_device=capturable)
         return result
 
-    def _gather(self) -> list["_Batch"]:
-        """The tensors that have a gradient, in one batch for each kind of update; makes missing state."""
+    def _gather(self) -> list[Batch]:
+        """The tensors that have a gradient, in one batch for each kind of update: those of the last step, if it can."""
         settings = self._follow()
         sharded = distributed.active()
-        batches: dict[Any, _Batch] = {}
+        kinds = [s[:3] for s in settings]
+        # A graph that is captured has tables of its own: those of a plan are written anew for other gradients.
+        plannable = not sharded and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+        if (
+            self._plan is not None
+            and plannable
+            and self._plan.serves(self.state, (kinds, self._rows.changes, self.backend))
+        ):
+            return self._plan.batches
+        batches, absent = self._sort(settings, sharded)
+        self._plan = None
+        if batches and plannable:
+            key = (kinds, self._rows.changes, self.backend)  # tensors may have joined
+            self._plan = StepPlan.prepared(batches, absent, self.state, key, len(self._rows.values), self.backend)
+        return batches
+
+    def _sort(self, settings: list[Settings], sharded: bool) -> tuple[list[Batch], list[Tensor]]:
+        """(batches, tensors without a gradient); makes missing state."""
+        batches: dict[Any, Batch] = {}
+        absent: list[Tensor] = []
         for index, group in enumerate(self.param_groups):
             rule, flags, use_gc = settings[index][:3]
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
+                    absent.append(p)
                     continue
                 if grad.layout is not torch.strided:
                     raise RuntimeError(
@@ -277,9 +297,9 @@ class CruxyOptimizer(Optimizer):
                 key = (rule, flags, use_gc, p.dtype, p.device, mesh)
                 batch = batches.get(key)
                 if batch is None:
-                    batch = batches[key] = _Batch(*key)
+                    batch = batches[key] = Batch(*key)
                 batch.add(p, grad, state, row, number)
-        return list(batches.values())
+        return list(batches.values()), absent
 
     def _follow(self) -> list[Settings]:
         """The groups' settings as they are now; refuses those that cannot be used, before anything is changed."""
@@ -359,7 +379,7 @@ class CruxyOptimizer(Optimizer):
         kept.update({k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")})
         for transient in ("grad_scale", "found_inf", "_zero_grad_profile_name"):
             kept.pop(transient, None)
-        return kept
+        return {**kept, "_plan": None}
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
@@ -389,6 +409,7 @@ class CruxyOptimizer(Optimizer):
             state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, defaults=self.defaults
         )
         self.__setstate__({"state": loaded.state, "param_groups": loaded.groups})
+        self._plan = None
         self._rows = ControlRows()
         self._rows.follow(loaded.groups)
         for index, (control, ages) in enumerate(zip(loaded.controls, loaded.ages, strict=True)):
@@ -402,7 +423,7 @@ class CruxyOptimizer(Optimizer):
 
 
 class MetaLion(CruxyOptimizer):
-    """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state a parameter (paper section 5).
+    """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state per parameter (paper section 5).
 
     Takes every argument of `CruxyOptimizer`; only the defaults differ. Lion's steps have the size of the
     learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight decay.
@@ -423,50 +444,6 @@ class MetaLion(CruxyOptimizer):
             if kwargs.setdefault(name, value) != value:
                 raise ValueError(f"MetaLion is {name}={value!r}; use CruxyOptimizer for {kwargs[name]!r}")
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, state_bits=state_bits, **kwargs)
-
-
-@dataclass
-class _Batch:
-    """The tensors of one kind of update, as the parallel lists that the kernels take."""
-
-    rule: str
-    flags: tuple[bool, ...]
-    use_gc: bool
-    dtype: torch.dtype
-    device: torch.device
-    mesh: Any  # over which their statistics are combined
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    state: dict[str, list[Tensor]] = field(default_factory=dict)
-    rows: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-
-    def add(self, param: Tensor, grad: Tensor, state: dict[str, Any], row: int, number: int) -> None:
-        self.params.append(param)
-        self.grads.append(grad)
-        for name, tensor in state.items():
-            if name != "step":
-                self.state.setdefault(name, []).append(tensor)
-        self.rows.append(row)
-        self.ids.append(number)
-
-    def telemetry(self, gamma: float, found_inf: Tensor | None, backend: str | None) -> Tensor:
-        """The statistics of the gradients on all ranks, (n, 4): their sum is the total."""
-        part = kernels.gradient_telemetry(self.grads, gamma=gamma, partial=self.mesh is None, backend=backend)
-        if self.mesh is None:
-            return part
-        if found_inf is not None:  # a rank's GradScaler knows only its own shards
-            part[L.COUNT_NONFINITE] += found_inf.to(part.device, non_blocking=True).reshape(())
-        return distributed.over_mesh(part, self.mesh)
-
-    def update(self, control: Tensor, backend: str | None) -> None:
-        grads = self.grads
-        if self.use_gc:
-            grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in grads]
-        kernels.update_(
-            self.rule, self.params, grads, self.state, control.to(self.device, non_blocking=True),
-            rows=self.rows, ids=self.ids, backend=backend, **groups.named_flags(self.rule, self.flags),
-        )  # fmt: skip
 
 
 def _number(loss: Any) -> float | Tensor | None:
@@ -494,9 +471,3 @@ def _unknown_argument(name: str) -> str:
         "differentiable": "steps cannot be differentiated",
     }
     return f"CruxyOptimizer got an unexpected argument {name!r}" + (f": {why[name]}" if name in why else "")
-
-
-def _centralised(grad: Tensor) -> Tensor:
-    """Gradient centralisation (arXiv 2004.01461): no mean over all dimensions but the first."""
-    grad = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-    return grad - grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True)

@@ -26,6 +26,7 @@ class ControlRows:
     values: float32 (num_rows, layout.NUM_SLOTS).
     main: the main row of each group.
     number: a number of its own for each tensor of the groups: its place in them.
+    changes: counts every change of which tensor has which row.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class ControlRows:
         self._row: dict[Tensor, int] = {}
         self._written: Any = None
         self._linked = True
+        self.changes = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -59,6 +61,7 @@ class ControlRows:
         sizes = [len(group["params"]) for group in groups]
         if _same(groups, self._groups) and sizes == self._sizes and _same(params, self._params):
             return
+        self.changes += 1
         old = {id(group): index for index, group in enumerate(self._groups)}
         index_of = {old[id(group)]: new for new, group in enumerate(groups) if id(group) in old}
         home = {p: index for index, group in enumerate(groups) for p in group["params"]}
@@ -118,6 +121,7 @@ class ControlRows:
             self.values[row, L.AGE] = age or 0
         self._row[param] = row
         self._linked = False
+        self.changes += 1
         return row
 
     def _find(self, group: int, fits: Callable[[int], bool]) -> int | None:
@@ -126,6 +130,7 @@ class ControlRows:
     def forget(self, param: Tensor) -> None:
         """Let a tensor join anew."""
         self._row.pop(param, None)
+        self.changes += 1
 
     def restore(self, group: int, values: Tensor | None, ages: dict[Tensor, float]) -> None:
         """Take a group's statistics from a checkpoint; `ages`: of its tensors that have a state."""

@@ -138,8 +138,12 @@ class Trainer(SFTTrainer):
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
-            self.optimizer.register_step_pre_hook(self._give_loss)
+            self.optimizer.register_step_pre_hook(self._hand_loss)
         return self.optimizer
+
+    def _hand_loss(self, optimizer: Any, *_: Any) -> None:
+        if self.step_loss is not None:
+            optimizer.set_loss(self.step_loss)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         warmup = round(self.recipe.warmup_fraction * num_training_steps)
@@ -175,9 +179,6 @@ class Trainer(SFTTrainer):
         accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
         self._metrics[mode].clear()
         return accuracy
-
-    def _give_loss(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "loss": self.step_loss}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""

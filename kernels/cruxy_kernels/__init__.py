@@ -16,6 +16,7 @@ from .backends.dispatch import (
     gradient_telemetry,
     lion_update_,
     quantize_blockwise,
+    refresh_outputs,
     update_,
 )
 from .backends.dispatch import explain as explain_backend
@@ -39,5 +40,6 @@ __all__ = [
     "lion_update_",
     "new_control",
     "quantize_blockwise",
+    "refresh_outputs",
     "update_",
 ]

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class TensorTable:
     tensors: int
     on_host: Tensor  # what `entries` was copied from
     others_aligned: Tensor  # bool (tensors,): of every column but GRAD
+    sources: list[Tensor]  # pinned: a captured graph copies from them in every replay
 
     def set_grads(self, addresses: Tensor) -> None:
         """Points the entries at other gradients, int64 (tensors,); for a table that no cache holds."""
@@ -57,7 +59,10 @@ class TensorTable:
         self.on_host[:, ALIGNED] = self.others_aligned & (addresses % ALIGNMENT == 0)
         if self.entries is not self.on_host:
             # A fresh piece of pinned memory each time: the copy of the last one may still be under way.
-            self.entries.copy_(pinned(self.on_host, self.entries.device), non_blocking=True)
+            source = pinned(self.on_host, self.entries.device)
+            self.entries.copy_(source, non_blocking=True)
+            if torch.cuda.is_current_stream_capturing():
+                self.sources.append(source)
 
 
 Columns = dict[int, Sequence[Tensor]]
@@ -91,14 +96,17 @@ def build(columns: Columns, rows: Numbers = None, indices: Numbers = None, ids: 
     entries[:, ID] = entries[:, INDEX] if ids is None else torch.tensor(ids)
     chunk_entry = torch.repeat_interleave(torch.arange(len(numels)), counts)
     chunk_index = torch.arange(len(chunk_entry)) - first[chunk_entry]
+    sources = [pinned(values, device) for values in (entries, chunk_entry.to(torch.int32), chunk_index.to(torch.int32))]
+    on_device = [to_device(source, device) for source in sources]
     return TensorTable(
-        entries=to_device(entries, device),
-        chunk_entry=to_device(chunk_entry.to(torch.int32), device),
-        chunk_index=to_device(chunk_index.to(torch.int32), device),
+        entries=on_device[0],
+        chunk_entry=on_device[1],
+        chunk_index=on_device[2],
         chunks=len(chunk_entry),
         tensors=len(numels),
         on_host=entries,
         others_aligned=aligned,
+        sources=sources,
     )
 
 
@@ -111,24 +119,23 @@ class TableCache(threading.local):
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple, TensorTable] = OrderedDict()
-        self._captured: list[TensorTable] = []
+        self._captured: list[Any] = []  # what graphs read and copy from when they are replayed
         self.built = 0
 
     def get(self, columns: Columns, rows: Numbers = None, indices: Numbers = None, ids: Numbers = None) -> TensorTable:
         """`build` with these arguments, or what it made for the same addresses before."""
         lists = list(columns.values())
         device = lists[0][0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            table = build(columns, rows, indices, ids)
-            self._captured.append(table)  # the graph replays these addresses for as long as it lives
-            return table
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         numels = tuple([t.numel() for t in lists[0]])
         addresses = tuple([tuple([t.data_ptr() for t in column]) for column in lists])
         numbers = tuple([None if n is None else tuple(n) for n in (rows, indices, ids)])
         key = (device, stream, tuple(columns), numels, addresses, numbers)
         table = self._tables.get(key)
-        if table is None:
+        if is_capturing(device):
+            table = build(columns, rows, indices, ids) if table is None else table
+            self.keep(table)
+        elif table is None:
             table = self._tables[key] = build(columns, rows, indices, ids)
             self.built += 1
             if len(self._tables) > CACHED_TABLES:
@@ -137,10 +144,19 @@ class TableCache(threading.local):
             self._tables.move_to_end(key)
         return table
 
+    def keep(self, captured: Any) -> None:
+        """Keeps what a graph that is being captured will use; nothing says when the graph is gone (`clear` does)."""
+        self._captured.append(captured)
+
     def clear(self) -> None:
         """Forgets this thread's tables, also those a CUDA graph was captured with."""
         self._tables.clear()
         self._captured.clear()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether calls on this device are recorded in a CUDA graph at the moment."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -150,7 +166,12 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:
     """A copy of `values` from which `device` copies in the background; it lives until such a copy has run."""
-    return values.pin_memory() if device.type == "cuda" else values
+    if device.type != "cuda":
+        return values
+    copy = values.pin_memory()
+    if is_capturing(device):
+        tables.keep(copy)  # each replay copies from it again
+    return copy
 
 
 tables = TableCache()

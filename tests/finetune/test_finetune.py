@@ -117,6 +117,9 @@ def test_everything_that_is_promised_is_written(small_model, questions: Path, co
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert f"{summary['after']['loss']:.4f}" in report
     assert "plot.png" in report
+    used = sum(row["lr_used"] for row in steps) / sum(row["lr"] for row in steps)
+    assert 0.45 < used < 0.55
+    assert f"learning rate 0.0004 (linear, warm-up 0.03), of which control used {used:.0%}" in report
     assert "phase" in done.stderr, "progress goes to standard error, so that --json stays clean"
 
 

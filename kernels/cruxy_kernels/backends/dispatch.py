@@ -23,7 +23,7 @@ from .._triton import HAS_TRITON
 from ..codec import CODECS, Codec, codec_of
 from ..launch import launch, on_device
 from ..laws import layout as L
-from ..laws.control import launch_control, step_law
+from ..laws.control import launch_control, launch_refresh, refresh, step_law
 from ..laws.telemetry import launch_telemetry
 from ..rules import RULES, Rule
 from ..tables import ALIGNMENT, CHUNK, ELEMENT_TYPES
@@ -222,22 +222,40 @@ def control_step(
             f"telemetry is {telemetry.dtype} of shape {tuple(telemetry.shape)}; expected float32 "
             f"({L.NUM_TELEMETRY},) or (n, {L.NUM_TELEMETRY}), as gradient_telemetry makes it"
         )
+    device = control.device
     if log is not None:
         _check_control(log, "log")
-    given = {"telemetry": telemetry, "loss": loss, "found_inf": found_inf, "grad_scale": grad_scale, "log": log}
-    for name, value in given.items():
-        if value is not None and value.device != control.device:
-            raise ValueError(f"{name} is on {value.device} and control on {control.device}; move one to the other")
-    scalars = [_scalar(name, value) for name, value in (("loss", loss), ("found_inf", found_inf))]
-    scale = _scalar("grad_scale", grad_scale)
-    run = launch_control if _choose_small(control.device, backend) == "triton" else step_law
-    run(control, telemetry.contiguous(), scalars[0], law, scalars[1], scale, log)
+        _check_device("log", log, device)
+    _check_device("telemetry", telemetry, device)
+    loss = _scalar("loss", loss, device)
+    found_inf = _scalar("found_inf", found_inf, device)
+    grad_scale = _scalar("grad_scale", grad_scale, device)
+    run = launch_control if _choose_small(device, backend) == "triton" else step_law
+    run(control, telemetry.contiguous(), loss, law, found_inf, grad_scale, log)
 
 
-def _scalar(name: str, value: Tensor | None) -> Tensor | None:
-    """`value` as a 0-dim float32 tensor."""
+@torch.no_grad()
+def refresh_outputs(control: Tensor, *, log: Tensor | None = None, backend: str | None = None) -> None:
+    """meta3's learning rate and beta2 anew, in place, after a controller has moved LR_SCALE or META_BETA2.
+
+    control, log: as for `control_step`, which has been called in this step. Raises ValueError for other tensors.
+    """
+    _check_control(control)
+    if log is not None:
+        _check_control(log, "log")
+    (launch_refresh if _choose_small(control.device, backend) == "triton" else refresh)(control, log)
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} and control on {device}; move one to the other")
+
+
+def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | None:
+    """`value` as one float32 number on the device."""
     if value is None:
         return None
+    _check_device(name, value, device)
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected one real number")
     return value.detach().reshape(()).to(torch.float32)
@@ -489,8 +507,6 @@ def _check_codes(rule: Rule, name: str, i: int, codes: Tensor, scales: Tensor) -
         codec.check(codes, scales)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}_scale[{i}]: {error}") from None
-    if scales.device != codes.device:
-        raise ValueError(f"{name}_scale[{i}] is on {scales.device} and its codes on {codes.device}")
 
 
 def _refuse_storage(rule: Rule, name: str, i: int, value: Tensor) -> None:

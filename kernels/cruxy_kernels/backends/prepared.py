@@ -3,7 +3,7 @@
 `update_` and `gradient_telemetry` check every tensor in every call. An optimizer's tensors are the same from step to
 step: `PreparedUpdate` checks them when it is made and keeps their table; after that only the gradients' addresses
 change, and whoever holds it must make it anew when anything else does (addresses of parameters and state, dtypes,
-shapes, strides, rows).
+strides, rows). It holds no gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 
 from ..codec import codec_of
-from ..launch import Batch, batches, on_device
+from ..launch import batches, on_device
 from ..laws.telemetry import launch_partials
 from ..rules import RULES
 from ..tables import GRAD, build
 from ..update import columns_of, launch_batch
 from . import native
-from .dispatch import check_update, choose, gradient_telemetry, update_
+from .dispatch import check_update, choose
 
 
 class PreparedUpdate:
     """`update_(rule, ...)` and `gradient_telemetry` for the same tensors again and again.
 
     Args: those of `update_`; all parameters on one device. num_rows: rows of the control vector it will be given.
+
+    usable: whether there is a table. There is none for PyTorch operators and for tensors that are not contiguous:
+    then the plain calls serve.
     """
 
     def __init__(
@@ -40,44 +43,37 @@ class PreparedUpdate:
         backend: str | None = None,
         **flags: bool,
     ) -> None:
-        self.rule, self.flags = RULES[rule], flags
-        self.params, self.grads, self.state, self.rows, self.ids = params, list(grads), state, rows, ids
-        self.backend = backend
-        self.bits = self.rule.bits(flags)
-        check_update(self.rule, params, grads, state, num_rows, rows, ids, None)
+        self.rule = RULES[rule]
+        self._flags = self.rule.bits(flags)
         tensors = [*params, *grads, *[t for tensors in state.values() for t in tensors]]
         served = choose([*params, *grads, *[t for name in self.rule.state for t in state[name]]], backend, rule)
-        if not all([t.is_contiguous() for t in tensors]):
-            served = "torch"  # the plain calls copy such tensors in and out
-        self._batches: list[Batch] = []
+        self.usable = served != "torch" and all([t.is_contiguous() for t in tensors])
         self._table: Tensor | None = None
-        if served == "triton":
+        if self.usable:  # the plain calls check what they are given
+            check_update(self.rule, params, grads, state, num_rows, rows, ids, None)
+        if self.usable and served == "triton":
             columns = columns_of(self.rule, params, grads, state)
             self._batches = list(batches(columns, rows, ids, make_table=build))
-            self._codecs = [codec_of(state[self.rule.state[0]][b.indices[0]]) for b in self._batches]
-        elif served == "native":
+            self._codecs = [codec_of(state[self.rule.state[0]][batch.indices[0]]) for batch in self._batches]
+        elif self.usable:
             states = [state[name] for name in self.rule.state]
             scales = [state.get(name + "_scale") for name in self.rule.state]
             self._table = native.table_of(params, grads, states, scales, rows, ids)
 
-    def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Other gradients of the same shapes, dtypes, strides and device."""
-        self.grads = list(grads)
-        if self._table is None and not self._batches:
-            return
-        addresses = torch.tensor([g.data_ptr() for g in grads], dtype=torch.int64)
+    def set_grads(self, addresses: Sequence[int]) -> None:
+        """Where the gradients lie now (`data_ptr`); their shapes, dtypes, strides and device are the same."""
+        column = torch.tensor(addresses, dtype=torch.int64)
         if self._table is not None:
-            self._table[:, native.GRAD] = addresses
+            self._table[:, native.GRAD] = column
+            return
         for batch in self._batches:
-            whole = len(batch.indices) == len(addresses)
-            batch.table.set_grads(addresses if whole else addresses[batch.indices])
+            whole = len(batch.indices) == len(column)
+            batch.table.set_grads(column if whole else column[batch.indices])
 
     def telemetry(self, gamma: float) -> Tensor:
         """float32 (n, 4): `gradient_telemetry(grads, partial=True)`."""
         if self._table is not None:
             return native.run_telemetry(self._table, gamma)[None]
-        if not self._batches:
-            return gradient_telemetry(self.grads, gamma=gamma, partial=True, backend=self.backend)
         with on_device(self._batches[0].device):
             parts = [launch_partials(batch.table, batch.types[GRAD], gamma) for batch in self._batches]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -85,13 +81,8 @@ class PreparedUpdate:
     def update(self, control: Tensor, lr_multipliers: Tensor | None = None) -> None:
         """`update_`; `control` and `lr_multipliers`, contiguous float32, are on the parameters' device."""
         if self._table is not None:
-            native.run_update(self.rule, self._table, control, lr_multipliers, self.bits)
-        elif self._batches:
-            with on_device(self._batches[0].device):
-                for batch, codec in zip(self._batches, self._codecs, strict=True):
-                    launch_batch(self.rule, batch, codec, control, lr_multipliers, self.bits)
-        else:
-            update_(
-                self.rule.name, self.params, self.grads, self.state, control, rows=self.rows, ids=self.ids,
-                lr_multipliers=lr_multipliers, backend=self.backend, **self.flags,
-            )  # fmt: skip
+            native.run_update(self.rule, self._table, control, lr_multipliers, self._flags)
+            return
+        with on_device(self._batches[0].device):
+            for batch, codec in zip(self._batches, self._codecs, strict=True):
+                launch_batch(self.rule, batch, codec, control, lr_multipliers, self._flags)

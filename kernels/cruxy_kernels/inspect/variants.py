@@ -5,7 +5,7 @@ from itertools import product
 from .. import tables as T
 from ..codec import CODECS, dequantize_kernel, quantize_kernel
 from ..laws import layout as L
-from ..laws.control import control_kernel
+from ..laws.control import control_kernel, refresh_kernel
 from ..laws.telemetry import PARTIALS_AT_ONCE, telemetry_kernel, tensor_kernel, total_kernel
 from ..rules import RULES
 from ..update import LINES, update_kernel
@@ -70,7 +70,14 @@ def _control() -> list[Variant]:
     scalars = {"loss_pointer": "*fp32", "found_inf": "*fp32", "grad_scale": "*fp32"}
     scalars |= {"log": "*fp32", "log_length": "i32"}
     given = {"HAS_LOSS": True, "HAS_FOUND_INF": True, "HAS_GRAD_SCALE": True, "HAS_LOG": True}
-    return [
+    refresh = Variant(
+        "control refresh",
+        refresh_kernel,
+        {"control": "*fp32", "log": "*fp32", "log_length": "i32"},
+        {"HAS_LOG": True, "LAYOUT": L.KEY},
+        aligned=("control", "log"),
+    )
+    laws = [
         Variant(
             f"control {law}",
             control_kernel,
@@ -80,6 +87,7 @@ def _control() -> list[Variant]:
         )
         for law, number in L.LAWS.items()
     ]
+    return [*laws, refresh]
 
 
 def _updates() -> list[Variant]:

@@ -110,6 +110,19 @@ def write_log(control: Tensor, log: Tensor) -> None:
     log.index_copy_(0, turn.reshape(1), row[None])
 
 
+def refresh(control: Tensor, log: Tensor | None = None) -> None:
+    """meta3's outputs anew, after a controller has moved LR_SCALE or META_BETA2; nothing in a skipped step."""
+    slot = control.unbind(1)
+    lr_out, beta2 = phase_modulation(
+        slot[L.LR], slot[L.LR_SCALE], slot[L.META_BETA2], slot[L.PHASE], slot[L.LR_MIN], slot[L.LR_MAX]
+    )
+    _, correction2_sqrt = bias_corrections(slot[L.BETA1_OUT], beta2, slot[L.AGE])
+    for index, value in ((L.LR_OUT, lr_out), (L.BETA2_OUT, beta2), (L.BIAS_CORRECTION2_SQRT, correction2_sqrt)):
+        control[:, index] = torch.where(slot[L.SKIP] > 0, slot[index], value)
+    if log is not None:
+        write_log(control, log)
+
+
 def step_law(
     control: Tensor,
     telemetry: Tensor,
@@ -171,6 +184,7 @@ def step_law(
     pd = L.KP * error + L.KD * (error - slot[L.ERROR])
     scale, meta_beta2 = slot[L.LR_SCALE], slot[L.META_BETA2]
     warning, warnings, cooldown = torch.zeros_like(step), slot[L.WARNINGS], slot[L.COOLDOWN]
+    trend = torch.zeros_like(step)
 
     if v1:
         throttle = torch.where(phase > L.V1_PHASE_HIGH, 1 - L.V1_DECAY * phase, 1.0)
@@ -208,6 +222,11 @@ def step_law(
             lr_out = slot[L.LR] * scale
         else:
             lr_out, beta2_out = phase_modulation(slot[L.LR], scale, meta_beta2, phase, slot[L.LR_MIN], slot[L.LR_MAX])
+            # The slow loop's signal (eq 8, 9), for controllers that act in every META_INTERVAL-th call.
+            sigma_ref = meta_history.sum(1) / step.clamp(max=L.META_HISTORY_LEN)
+            z = (v_fast - sigma_ref) / (sigma_ref + L.META_EPS)
+            due = (torch.remainder(step + slot[L.SKIPPED], slot[L.META_INTERVAL]) == 0) & (step >= 2)
+            trend = torch.tanh(z) * due
     clip = (threshold / (norm + L.CLIP_EPS)).clamp(max=1.0)
     correction1, correction2_sqrt = bias_corrections(beta1_out, beta2_out, age)
 
@@ -215,6 +234,7 @@ def step_law(
         L.STEP: step, L.AGE: age, L.SKIPPED: slot[L.SKIPPED], L.V_FAST: v_fast, L.V_SLOW: v_slow,
         L.CURVATURE: curvature, L.PREV_LOSS: prev_loss, L.PREV_NORM: norm, L.LOSS_SEEN: loss_seen, L.ERROR: error,
         L.LR_SCALE: scale, L.META_BETA2: meta_beta2, L.OUTLIERS: outliers, L.WARNINGS: warnings, L.COOLDOWN: cooldown,
+        L.TREND: trend,
         L.LR_OUT: lr_out, L.BETA1_OUT: beta1_out, L.BETA2_OUT: beta2_out, L.CLIP_THRESHOLD: threshold,
         L.CLIP_COEF: clip, L.PHASE: phase, L.GAMMA_NORM: gamma_norm, L.MAX_GRAD: max_abs, L.WARNING: warning,
         L.BIAS_CORRECTION1: correction1, L.BIAS_CORRECTION2_SQRT: correction2_sqrt, L.GRAD_FACTOR: clip * factor,
@@ -231,6 +251,7 @@ def step_law(
     torch.where(bad, control[:, L.NUM_INPUTS :], after, out=control[:, L.NUM_INPUTS :])
     slot[L.SKIPPED].add_(bad)
     control[:, L.SKIP].copy_(bad)
+    control[:, L.TREND].mul_(~bad)
     control[:, L.GRAD_NORM].copy_(norm)
     control[:, L.NONFINITE].copy_(nonfinite)
     if log is not None:
@@ -263,6 +284,40 @@ if HAS_TRITON:
     @triton.jit
     def clamp(x, low, high):
         return tl.minimum(tl.maximum(x, low), high)
+
+    @triton.jit
+    def modulate(slots, lr, scale, meta_beta2, phase):
+        """`phase_modulation`."""
+        lr_out = lr * scale * (1 - L.PHASE_THROTTLE * phase)
+        bounded = clamp(lr_out, tl.load(slots + L.LR_MIN), tl.load(slots + L.LR_MAX))
+        beta2 = clamp(meta_beta2 * (1 - L.PHASE_BETA2 * phase), L.META_BETA2_MIN, L.META_BETA2_MAX)
+        return tl.where(lr > 0, bounded, lr_out), beta2
+
+    @triton.jit
+    def write_log_kernel(slots, log, log_length):
+        """`write_log`, by the program of row 0."""
+        if tl.program_id(0) == 0:
+            tl.debug_barrier()
+            count = tl.load(slots + L.STEP) + tl.load(slots + L.SKIPPED)
+            turn = (count.to(tl.int32) - 1) % log_length
+            slot = tl.arange(0, 128)
+            row = tl.load(slots + slot, mask=slot < L.NUM_SLOTS)
+            tl.store(log + turn * L.NUM_SLOTS + slot, row, mask=slot < L.NUM_SLOTS)
+
+    @triton.jit(do_not_specialize=["log_length"])
+    def refresh_kernel(control, log, log_length, HAS_LOG: tl.constexpr, LAYOUT: tl.constexpr):
+        """`refresh`: one program per row."""
+        slots = control + tl.program_id(0) * L.NUM_SLOTS
+        lr = tl.load(slots + L.LR)
+        scale = tl.load(slots + L.LR_SCALE)
+        lr_out, beta2 = modulate(slots, lr, scale, tl.load(slots + L.META_BETA2), tl.load(slots + L.PHASE))
+        correction = tl.sqrt(one_minus_power(beta2, tl.load(slots + L.AGE)))
+        if tl.load(slots + L.SKIP) == 0:
+            tl.store(slots + L.LR_OUT, lr_out)
+            tl.store(slots + L.BETA2_OUT, beta2)
+            tl.store(slots + L.BIAS_CORRECTION2_SQRT, correction)
+        if HAS_LOG:
+            write_log_kernel(slots, log, log_length)
 
     @triton.jit(
         do_not_specialize=["partials", "log_length"],
@@ -360,6 +415,7 @@ if HAS_TRITON:
         warnings = tl.load(slots + L.WARNINGS)
         cooldown = tl.load(slots + L.COOLDOWN)
         warning = 0.0
+        trend = 0.0
 
         if LAW == L.STABILITY_V1:
             throttle = tl.where(phase > L.V1_PHASE_HIGH, 1 - L.V1_DECAY * phase, 1.0)
@@ -398,16 +454,20 @@ if HAS_TRITON:
                 scale = clamp(scale, tl.load(slots + L.SCALE_MIN), scale_max)
                 lr_out = lr * scale
             else:
-                lr_out = lr * scale * (1 - L.PHASE_THROTTLE * phase)
-                bounded = clamp(lr_out, tl.load(slots + L.LR_MIN), tl.load(slots + L.LR_MAX))
-                lr_out = tl.where(lr > 0, bounded, lr_out)
-                beta2 = clamp(meta_beta2 * (1 - L.PHASE_BETA2 * phase), L.META_BETA2_MIN, L.META_BETA2_MAX)
+                lr_out, beta2 = modulate(slots, lr, scale, meta_beta2, phase)
+                # The slow loop's signal (eq 8, 9).
+                total = tl.sum(tl.where(j < L.META_HISTORY_LEN, meta_history, 0.0), axis=0)
+                sigma_ref = total / tl.minimum(step, L.META_HISTORY_LEN)
+                calls = (step + skipped).to(tl.int32)
+                due = (calls % tl.load(slots + L.META_INTERVAL).to(tl.int32) == 0) & (step >= 2)
+                trend = tl.where(due, tanh((v_fast - sigma_ref) / (sigma_ref + L.META_EPS)), 0.0)
         clip = tl.minimum(threshold / (norm + L.CLIP_EPS), 1.0)
 
         # Everything has been read: what follows overwrites it, and other warps may lag behind.
         tl.debug_barrier()
         tl.store(slots + L.SKIPPED, skipped + tl.where(good, 0.0, 1.0))
         tl.store(slots + L.SKIP, tl.where(good, 0.0, 1.0))
+        tl.store(slots + L.TREND, tl.where(good, trend, 0.0))
         tl.store(slots + L.GRAD_NORM, norm)
         tl.store(slots + L.NONFINITE, nonfinite)
         if good:
@@ -439,14 +499,8 @@ if HAS_TRITON:
             tl.store(slots + L.BIAS_CORRECTION1, one_minus_power(beta1, age))
             tl.store(slots + L.BIAS_CORRECTION2_SQRT, tl.sqrt(one_minus_power(beta2, age)))
             tl.store(slots + L.LOSS, loss)
-        if HAS_LOG:  # noqa: SIM102 (a constant of the kernel, and a condition in it)
-            if tl.program_id(0) == 0:  # write_log
-                tl.debug_barrier()
-                count = tl.load(slots + L.STEP) + tl.load(slots + L.SKIPPED)
-                turn = (count.to(tl.int32) - 1) % log_length
-                slot = tl.arange(0, 128)
-                row = tl.load(slots + slot, mask=slot < L.NUM_SLOTS)
-                tl.store(log + turn * L.NUM_SLOTS + slot, row, mask=slot < L.NUM_SLOTS)
+        if HAS_LOG:
+            write_log_kernel(slots, log, log_length)
 
 
 def launch_control(
@@ -478,4 +532,18 @@ def launch_control(
             HAS_LOG=log is not None,
             LAYOUT=L.KEY,
             PARTIALS=PARTIALS_AT_ONCE,
+        )
+
+
+def launch_refresh(control: Tensor, log: Tensor | None) -> None:
+    """`refresh` by the kernel."""
+    with on_device(control.device):
+        launch(
+            refresh_kernel,
+            len(control),
+            control,
+            control if log is None else log,
+            1 if log is None else len(log),
+            HAS_LOG=log is not None,
+            LAYOUT=L.KEY,
         )

@@ -52,6 +52,7 @@ META_BETA2 = 27  # beta2 of the slow loop, before the phase lowers it
 OUTLIERS = 28  # consecutive outlier steps (GUARD)
 WARNINGS = 29  # early warnings at WARNING_LEVEL so far
 COOLDOWN = 30  # steps until the early warning may act again
+TREND = 31  # meta3: tanh z of paper eq 9 in a call in which the slow loop is due, 0 in the others
 FAST_HISTORY = 32  # the last 14 values of v_fast before correction, newest first
 FAST_HISTORY_LEN = 14
 META_HISTORY = 46  # the last 50 values of v_fast after correction, newest first

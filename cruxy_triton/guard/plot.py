@@ -1,0 +1,49 @@
+"""A picture of a guarded run: the loss, the regimes as background, the actions as marks."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cruxy_triton.guard import events as E
+from cruxy_triton.guard.events import EventLog
+from cruxy_triton.guard.regimes import Regime
+
+COLOURS = {
+    Regime.WARMING: "#e8e8e8", Regime.STABLE: "#ffffff", Regime.STRESSED: "#fff3cd", Regime.UNSTABLE: "#f8d7da",
+    Regime.RECOVERING: "#d9ecff",
+}  # fmt: skip
+MARKS = {E.SKIP: "x", E.CLIP: ".", E.LR: "v", E.RESET: "s", E.ROLLBACK: "<", E.STOP: "*"}
+
+
+def spans(log: EventLog, last: int) -> list[tuple[int, int, Regime]]:
+    """(first step, last step, regime) from the beginning to step `last`, in order."""
+    found, start, current = [], 1, Regime.WARMING
+    for event in log:
+        regime = Regime(event.regime)
+        if regime is not current:
+            if event.step > start:
+                found.append((start, event.step - 1, current))
+            start, current = event.step, regime
+    return [*found, (start, max(last, start), current)]
+
+
+def plot(path: str | os.PathLike[str], losses: Sequence[float], log: EventLog) -> None:
+    """Write a PNG (or what the suffix of `path` says); `losses[i]` is the loss of step i + 1. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes: Any = figure.add_subplot()
+    named = set()
+    for first, last, regime in spans(log, len(losses)):
+        label = None if regime in named or regime is Regime.STABLE else regime.value
+        named.add(regime)
+        axes.axvspan(first - 0.5, last + 0.5, color=COLOURS[regime], lw=0, label=label)
+    axes.plot(range(1, len(losses) + 1), losses, color="black", lw=0.9)
+    for kind, mark in MARKS.items():
+        steps = [event.step for event in log if event.kind == kind and 1 <= event.step <= len(losses)]
+        if steps:
+            axes.plot(steps, [losses[step - 1] for step in steps], mark, color="tab:red", label=kind, ls="none")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=120)
