@@ -80,10 +80,9 @@ if HAS_TRITON:
             p, m, v = RULE(
                 p, g, m, v, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS
             )
-            # The states first (and the parameters loaded first): one order that needs no more than 64 registers.
+            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
             store_state(entry, 0, start, local, remaining, m, STATE_TYPE, STORE, LINES, MASKED)
             store_state(entry, 1, start, local, remaining, v, STATE_TYPE, STORE, LINES, MASKED)
-            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
 
     @triton.jit
     def update_kernel(

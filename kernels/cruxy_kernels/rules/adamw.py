@@ -45,6 +45,7 @@ if HAS_TRITON:
     ):
         NESTEROV: tl.constexpr = FLAGS % 2 == 1
         DECOUPLED: tl.constexpr = FLAGS // 2 == 1
+        # Before the elements: behind them its parts cost registers that sm_75 does not have.
         step = lr * correction2_sqrt / correction1 * multiplier
         keep = 1.0
         if DECOUPLED:
