@@ -75,7 +75,7 @@ class Batch:
         if self.prepared is not None:
             self.prepared.update(control)
             return
-        grads = [_centralised(g) if g.dim() > 1 and g.numel() else g for g in self.grads] if self.use_gc else self.grads
+        grads = [_centralized(g) if g.dim() > 1 and g.numel() else g for g in self.grads] if self.use_gc else self.grads
         kernels.update_(
             self.rule, self.params, grads, self.state, control, rows=self.rows, ids=self.ids, backend=backend,
             **groups.named_flags(self.rule, self.flags),
@@ -155,7 +155,7 @@ def _state_addresses(state: Mapping[Tensor, dict[str, Any]]) -> list[int]:
     return list(map(_address, itertools.chain.from_iterable(map(dict.values, state.values()))))
 
 
-def _centralised(grad: Tensor) -> Tensor:
-    """Gradient centralisation (arXiv 2004.01461): no mean over all dimensions but the first."""
+def _centralized(grad: Tensor) -> Tensor:
+    """Gradient centralization (arXiv 2004.01461): no mean over all dimensions but the first."""
     grad = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
     return grad - grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True)

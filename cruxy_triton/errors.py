@@ -4,7 +4,7 @@ import sys
 import warnings
 
 # Packages whose frames lie between a user's line and ours.
-_BETWEEN = {"cruxy_triton", "torch", "accelerate", "transformers", "contextlib"}
+_BETWEEN = {__name__.partition(".")[0], "torch", "accelerate", "transformers", "contextlib"}
 
 
 class UserError(ValueError):

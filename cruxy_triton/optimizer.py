@@ -43,7 +43,7 @@ class CruxyOptimizer(Optimizer):
         decoupled_weight_decay: False adds the decay to the gradient instead (AdamW rule only).
         use_nesterov: Nesterov momentum (AdamW rule only).
         use_lion: the Lion rule (one state buffer, sign updates) instead of AdamW's.
-        use_gc: gradient centralisation: gradients of two or more dimensions lose their mean.
+        use_gc: gradient centralization: gradients of two or more dimensions lose their mean.
         meta_lr_eta, meta_lr_beta2, meta_interval: gains and period of the slow loop (paper section 4).
         gamma_norm: exponent of the gradient statistic, in [1, 4] (paper eq 1).
         bounds: (lowest, highest) multiplier of the learning rate that a controller may reach. None leaves
@@ -423,7 +423,7 @@ class CruxyOptimizer(Optimizer):
 
 
 class MetaLion(CruxyOptimizer):
-    """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state a parameter (paper section 5).
+    """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state per parameter (paper section 5).
 
     Takes every argument of `CruxyOptimizer`; only the defaults differ. Lion's steps have the size of the
     learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight decay.

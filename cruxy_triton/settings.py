@@ -249,7 +249,8 @@ class Settings:
     mode: str = _training("meta3", "control law of CruxyOptimizer", choices=("meta3", "stability_v2", "stability_v1"),
                           only_with=("optimizer", ("cruxy", "cruxy-lion")))  # fmt: skip
     state_bits: int = _step(32, "bits of the momentum; 8 with cruxy-lion", choices=(32, 8), searched=True)
-    lr: float = _training(None, "peak learning rate", minimum=0, metavar="LR", left_open="by optimizer: "
+    lr: float = _training(None, "peak learning rate; meta3 uses half of it in a short run", minimum=0, metavar="LR",
+                          left_open="by optimizer: "
                           + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items()))  # fmt: skip
     weight_decay: float = _training(0.0, "decoupled weight decay (sgd: L2)", minimum=0, metavar="W")
     lr_schedule: str = _training("linear", "after the warm-up", choices=("constant", "linear", "cosine"))

@@ -1,9 +1,10 @@
-"""The README's two figures, as SVG that reads on a light and on a dark page.
+"""The figures of the README and of modes.md, as SVG that reads on a light and on a dark page.
 
-    python docs/figures.py                 draws docs/images/memory.svg and docs/images/run.svg
+    python docs/figures.py                 draws memory.svg, run.svg and modes.svg in docs/images
     python docs/figures.py --run FOLDER    first takes the run's figures over from a folder of `cruxy-triton finetune`
 
-memory.svg shows what the planner says now; run.svg what profiles/measured/finetune_demo.json recorded.
+memory.svg shows what the planner says now; run.svg what profiles/measured/finetune_demo.json recorded, modes.svg what
+modes.json beside it did (examples/modes.py).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from cruxy_triton.planner import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "profiles" / "measured" / "finetune_demo.json"
+MODES = RUN.with_name("modes.json")
 IMAGES = Path(__file__).parent / "images"
 GIB = 2**30
 
@@ -115,6 +117,42 @@ def run() -> None:
     save(figure, "run.svg")
 
 
+def modes() -> None:
+    """Learning rate used over the one asked for, by mode and step: median and range of the seeds."""
+    data = json.loads(MODES.read_text(encoding="utf-8"))
+    lines = {
+        "meta3": {"color": GREEN, "lw": 2.2},
+        "stability_v2": {"color": BLUE, "lw": 1.5},
+        "stability_v1": {"color": ORANGE, "lw": 1.5},
+        "stability_v2 as published": {"color": PURPLE, "lw": 1.5},
+        "meta3 without guard": {"color": YELLOW, "lw": 1.5},
+    }
+    courses = list(dict.fromkeys(one["gradients"] for one in data["series"]))
+    figure, panels = pyplot.subplots(1, len(courses), figsize=(8.4, 3.4), sharey=True, layout="constrained")
+    for axes, course in zip(panels, courses, strict=True):
+        spike = "spike" in course
+        shown = [(i, step) for i, step in enumerate(data["steps"]) if not spike or 1750 <= step <= 2250]
+        x = [step for _, step in shown]
+        for mode, style in lines.items():
+            if mode == "meta3 without guard" and not spike:
+                continue  # nothing else tells it from meta3
+            seeds = [one for one in data["series"] if (one["gradients"], one["mode"]) == (course, mode)]
+            values = [sorted(one["used_over_asked"][i] for one in seeds) for i, _ in shown]
+            axes.fill_between(x, [v[0] for v in values], [v[-1] for v in values], color=style["color"], alpha=0.2, lw=0)
+            axes.plot(x, [v[len(v) // 2] for v in values], label=mode, **style)
+        axes.axhline(1, color=TEXT, lw=1, ls=(0, (4, 3)))
+        axes.set_yscale("log")
+        axes.set(ylim=(0.09, 4.5), xlim=(1940, 2250) if spike else None, xlabel="step")
+        axes.set_xticks([2000, 2100, 2200] if spike else [0, 1000, 2000, 3000, 4000])
+        axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
+        axes.minorticks_off()
+        axes.grid(color=TEXT, alpha=0.2, lw=0.6)
+        axes.set_title(f"gradients: {course}", loc="left", size=10)
+    panels[0].set_ylabel("rate used / rate asked for")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    save(figure, "modes.svg")
+
+
 def save(figure: Any, name: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     path = IMAGES / name
@@ -156,3 +194,4 @@ if __name__ == "__main__":
     with pyplot.rc_context(STYLE):
         memory()
         run()
+        modes()

@@ -1,4 +1,4 @@
-"""CruxyOptimizer in Hugging Face's Trainer: a subclass that makes it, and a hook that gives it the loss.
+"""CruxyOptimizer in Hugging Face's Trainer: a subclass that makes it and gives it the loss.
 
     python examples/trainer_subclass.py
 
@@ -17,23 +17,21 @@ from cruxy_triton import MetaLion
 
 
 class CruxyTrainer(Trainer):
+    loss_sum: Any = 0.0
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = MetaLion(parameters, lr=self.args.learning_rate)
-        self.optimizer.register_step_pre_hook(self.give_loss)
-        self.loss_sum = torch.zeros((), device=self.args.device)
+        self.optimizer = self.cruxy = MetaLion(parameters, lr=self.args.learning_rate)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Called for each micro-batch; its loss is divided by the number of them already."""
         loss = super().training_step(*args, **kwargs)
-        self.loss_sum += loss
+        self.loss_sum = self.loss_sum + loss
+        if self.accelerator.sync_gradients:  # the last before a step: a tensor, so nothing waits for the device
+            self.cruxy.set_loss(self.loss_sum)
+            self.loss_sum = 0.0
         return loss
-
-    def give_loss(self, optimizer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The Trainer calls `step()`; the hook makes it `step(loss=...)`, with a tensor and no sync."""
-        loss, self.loss_sum = self.loss_sum, torch.zeros_like(self.loss_sum)
-        return args, {**kwargs, "loss": loss}
 
 
 def main() -> None:
@@ -52,8 +50,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = CruxyTrainer(model=LlamaForCausalLM(config), args=arguments, train_dataset=rows)
         trainer.train()
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-    history = optimizer.history()
+    history = trainer.cruxy.history()
     for row in (*history[::10], history[-1]):
         sys.stdout.write(
             f"step {row['step']:3d}  loss {row['loss']:.3f}  lr used {row['lr']:.2e}  phase {row['phase']:.2f}  "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# One thread a process: the suite runs in as many processes as there are cores, and OpenMP's waiting threads cost
+# One thread per process: the suite runs in as many processes as there are cores, and OpenMP's waiting threads cost
 # more than they bring on models this small. Before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -24,6 +24,7 @@ FLOORS = [
     {"cruxy_triton.errors", "cruxy_triton.files", "cruxy_triton.settings", "cruxy_triton.environment"},
     {
         "cruxy_triton.controllers",
+        "cruxy_triton.batches",
         "cruxy_triton.groups",
         "cruxy_triton.rows",
         "cruxy_triton.metrics",
@@ -42,6 +43,7 @@ KERNEL_FLOORS = [
     {f"cruxy_kernels.{name}" for name in ("codec", "rounding", "laws", "rules")},
     {"cruxy_kernels.update", "cruxy_kernels.backends"},
     {"cruxy_kernels.backends.dispatch"},
+    {"cruxy_kernels.backends.prepared"},
     {"cruxy_kernels.inspect", "cruxy_kernels"},
 ]
 # The front door: it imports every room when somebody asks for a name, and offers its version to all of them.

@@ -36,7 +36,7 @@ class Candidate:
 
     @property
     def state_bytes(self) -> float:
-        """Bytes of optimizer state a parameter, scales included."""
+        """Bytes of optimizer state per parameter, scales included."""
         return 1 + {"fp32": 4, "bf16": 2, "bf16 up": 2, "fp16": 2}[self.scale] / self.block
 
     def round_trip(self, m: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def softsign(k: float) -> dict:
 
 
 def candidates() -> list[Candidate]:
-    """The candidates of equations.md section 3 and the ones found on the way, blocks of 32 to 256."""
+    """The candidates of docs/laws.md section 3 and the ones found on the way, blocks of 32 to 256."""
     found: list[Candidate] = []
     for block in (32, 64, 128, 256):
         scales = ("fp32", "bf16") if block < 256 else ("fp32",)
@@ -107,7 +107,7 @@ def flips(
 ) -> tuple[int, int]:
     """(elements whose sign differs, elements compared) over the steps of one parameter's gradients.
 
-    gradients: 1-D fp32 tensors, one a step. Steps before `skip` run but are not counted.
+    gradients: 1-D fp32 tensors, one per step. Steps before `skip` run but are not counted.
     """
     beta1, beta2 = betas
     exact = stored = None
@@ -177,7 +177,7 @@ def table(path: Path, betas: tuple[float, float], skip: int = 0) -> tuple[list[d
                 "name": candidate.name,
                 "block": candidate.block,
                 "scale": candidate.scale,
-                "state_bytes_a_parameter": candidate.state_bytes,
+                "state_bytes_per_parameter": candidate.state_bytes,
                 "flips": different / (real * (steps - skip)),
             }
         )

@@ -1,6 +1,6 @@
 """16-bit parameters: what becomes of steps below half a gap, by round-to-nearest, stochastic rounding, a spare byte.
 
-A spare byte ("compensation") keeps eight more bits of each parameter: 1 byte of state a parameter. Stochastic
+A spare byte ("compensation") keeps eight more bits of each parameter: 1 byte of state per parameter. Stochastic
 rounding keeps nothing. Measured is Lion on a small regression and on a drift alone, against fp32 parameters.
 """
 
@@ -84,7 +84,7 @@ def table() -> list[dict[str, Any]]:
                 {
                     "format": format_name,
                     "method": name,
-                    "state_bytes_a_parameter": state,
+                    "state_bytes_per_parameter": state,
                     "drift_lr_1e-4": drift(dtype, method, 1e-4),
                     "drift_lr_1e-6": drift(dtype, method, 1e-6),
                     "regression_over_fp32": regression(dtype, method, 5e-3) / exact,

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cruxy_triton.bench.census import census
 from cruxy_triton.errors import UserError
+from cruxy_triton.optimizer import CruxyOptimizer
 
 GRADIENT = 1e-3  # standard deviation of the random gradients
-STEPS_A_SYNC = 80
+STEPS_PER_SYNC = 80
 COPY_BYTES = 1 << 30
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,14 +31,12 @@ class Contestant:
     name: str
     step: Callable[[], Any]
     optimizer: Any
-    seconds: list[float] = field(default_factory=list)  # wall time of a step, a round each
+    seconds: list[float] = field(default_factory=list)  # wall time of a step, one per round
     gpu_seconds: list[float] = field(default_factory=list)
 
 
 def contestants(params: Sequence[Tensor], only: str | None) -> tuple[list[Contestant], dict[str, str]]:
     """Everything that can run here, and {name: why not} for what cannot."""
-    from cruxy_triton import CruxyOptimizer
-
     loss = torch.tensor(1.0, device=params[0].device)
     found: list[Contestant] = []
     absent: dict[str, str] = {}
@@ -113,12 +112,12 @@ def measure(contestant: Contestant, device: torch.device) -> None:
     torch.cuda.synchronize()
     start = time.perf_counter()
     begin.record()
-    for _ in range(STEPS_A_SYNC):
+    for _ in range(STEPS_PER_SYNC):
         contestant.step()
     end.record()
     torch.cuda.synchronize()
-    contestant.seconds.append((time.perf_counter() - start) / STEPS_A_SYNC)
-    contestant.gpu_seconds.append(begin.elapsed_time(end) * 1e-3 / STEPS_A_SYNC)
+    contestant.seconds.append((time.perf_counter() - start) / STEPS_PER_SYNC)
+    contestant.gpu_seconds.append(begin.elapsed_time(end) * 1e-3 / STEPS_PER_SYNC)
 
 
 def run(
@@ -158,7 +157,7 @@ def run(
         row: dict[str, Any] = {
             "name": racer.name,
             "median_ms": statistics.median(racer.seconds) * 1e3,
-            "state_bytes_a_parameter": state_bytes(racer.optimizer) / numel,
+            "state_bytes_per_parameter": state_bytes(racer.optimizer) / numel,
         }
         # A ratio is the median of the rounds' ratios: both sides of each were measured side by side.
         for other in ("torch AdamW fused", "cruxy SDK Meta-Lion"):

@@ -1,10 +1,9 @@
-"""`cruxy-triton bench`: the optimizer step against its peers, the choices behind the formats, the guard under stress.
+"""`cruxy-triton bench`: the optimizer step against its peers, and the choices behind the 8-bit and 16-bit formats.
 
 cruxy-triton bench step --device cpu --census lora-r8
 cruxy-triton bench codec --gradients runs/NAME/gradients
 cruxy-triton bench rounding
-cruxy-triton bench stress --quick
-cruxy-triton bench faults --count 1000
+cruxy-triton bench gpu --out results
 """
 
 import argparse
@@ -28,11 +27,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: %(default)s)")
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
+    step.add_argument("--host", action="store_true", help="what a step costs its host, kernels counted and not started")
     codec = kinds.add_parser("codec", help="sign flips of 8-bit momentum on recorded gradients")
     codec.add_argument("--gradients", type=Path, required=True, help="folder or file of recorded gradients")
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
+    gpu = kinds.add_parser("gpu", help="all that only a card can show, in 8 minutes, as one JSON file")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON file")
+    gpu.add_argument("--device", choices=("cpu", "cuda"), help="cpu: as far as it goes without a card (default: cuda)")
+    gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
+    gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
     stress = kinds.add_parser("stress", help="small models at absurd learning rates, with and without the guard")
     stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
     stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
@@ -40,26 +45,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
     faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
     faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
-    for kind in (step, codec, rounding, stress, faults):
+    for kind in (step, codec, rounding, gpu, stress, faults):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.kind == "gpu":
+        return run_gpu(args)
     kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
     report = kinds[args.kind](args)
+    code = report.pop("code", 0)
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return report.get("code", 0)
+        return code
     for name in ("rows", "verdict"):
         rows = report.get(name, [])
         heads = list(dict.fromkeys(head for row in rows for head in row))
         if rows:
             sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
-    code = report.pop("code", 0)
-    hidden = ("rows", "verdict", "runs", "absent")
+    hidden = ("rows", "verdict", "runs", "absent", "work")
     facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
     sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
+    for name, steps in report.get("work", {}).items():
+        for kind, work in steps.items():
+            sys.stdout.write(f"{name}, {kind}: {', '.join(f'{what} {count}' for what, count in work.items())}\n")
     for name, reason in report.get("absent", {}).items():
         sys.stdout.write(f"did not run: {name} ({reason})\n")
     return code
@@ -74,12 +84,14 @@ def cell(value: Any) -> str:
 def run_step(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from cruxy_triton.bench import step
+    from cruxy_triton.bench import host, step
 
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UserError("--rounds and --threads must be at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.host:
+        return host.run(args.census, args.rounds, args.only)
     return step.run(args.device, args.census, args.rounds, args.dtype, args.only)
 
 
@@ -99,6 +111,22 @@ def run_rounding(args: argparse.Namespace) -> dict[str, Any]:
     from cruxy_triton.bench import rounding
 
     return {"rows": rounding.table()}
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    """Exit code 0 when all parts that ran passed, else 1."""
+    from cruxy_triton.bench import gpu
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    path, report = gpu.run(args.out, None if args.device == "cuda" else args.device, args.minutes, args.only, say)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(map(gpu.line, report["parts"])))
+        print(f"\n{path}")
+    return 0 if gpu.passed(report) else 1
 
 
 def run_stress(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ known before the model is loaded.
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -25,6 +26,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cruxy_triton import files
 from cruxy_triton.environment import expect_no_hub_in_vain
@@ -47,11 +50,14 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 TEXT_SUFFIXES = {".txt", ".md", ".text", ".rst"}
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", *TEXT_SUFFIXES)
 TEXT_CHUNK_CHARACTERS = 8192
+TOKENIZED_AT_ONCE = 1000  # records; tokenizers give lists of Python integers, ten times as large as what is kept
 
 # Roles of messages; a conversation in which nobody is the assistant and somebody has another role is misnamed.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 
 LOUD = 0.1  # from this part of the data on, what is lost is a warning instead of a note
+
+Rows = list[dict[str, np.ndarray]]  # input_ids and labels of a sequence, int32
 
 
 class Record(dict[str, Any]):
@@ -93,30 +99,39 @@ class Data:
 class Tokens:
     """The token ids of one record; the first `prompt` of them are not trained on."""
 
-    ids: list[int]
+    ids: np.ndarray  # int32
     prompt: int
 
 
 def tokenize(records: list[Record], tokenizer: Any) -> list[Tokens]:
     """The ids that TRL's SFTTrainer would make of `records`; raises UserError with the place of one that has none."""
+    return [
+        Tokens(np.array(whole, dtype=np.int32), _shared(prompt, whole))
+        for start in range(0, len(records), TOKENIZED_AT_ONCE)
+        for prompt, whole in zip(*_ids(records[start : start + TOKENIZED_AT_ONCE], tokenizer), strict=True)
+    ]
+
+
+def _ids(records: list[Record], tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each record the ids of the prompt and those of prompt and completion."""
     if "text" in records[0]:
         texts = [_ended(record["text"], tokenizer) for record in records]
-        return [Tokens(ids, 0) for ids in tokenizer(texts)["input_ids"]]
+        return [[]] * len(texts), tokenizer(texts)["input_ids"]
     if isinstance(records[0]["prompt"], str):
         prompts = tokenizer([record["prompt"] for record in records])["input_ids"]
-        wholes = tokenizer([r["prompt"] + _ended(r["completion"], tokenizer) for r in records])["input_ids"]
-    else:
-        prompts, wholes = [], []
-        for record in records:
-            try:
-                prompts.append(_chat_ids(tokenizer, record["prompt"], add_generation_prompt=True))
-                wholes.append(_chat_ids(tokenizer, record["prompt"] + record["completion"]))
-            except Exception as error:  # whatever a template's own code raises
-                roles = ", ".join(m["role"] for m in record["prompt"] + record["completion"])
-                raise UserError(
-                    f"{record.place}: the model's chat template refuses this conversation (roles {roles}): {error}"
-                ) from error
-    return [Tokens(whole, _shared(prompt, whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
+        return prompts, tokenizer([r["prompt"] + _ended(r["completion"], tokenizer) for r in records])["input_ids"]
+    prompts, wholes = [], []
+    for record in records:
+        try:
+            prompts.append(_chat_ids(tokenizer, record["prompt"], add_generation_prompt=True))
+            wholes.append(_chat_ids(tokenizer, record["prompt"] + record["completion"]))
+        except Exception as error:  # whatever a template's own code raises
+            roles = ", ".join(m["role"] for m in record["prompt"] + record["completion"])
+            raise UserError(
+                f"{record.place}: the model's chat template refuses this conversation (roles {roles}): "
+                f"{str(error).strip().partition(chr(10))[0]}"
+            ) from error
+    return prompts, wholes
 
 
 def _ended(text: str, tokenizer: Any) -> str:
@@ -138,24 +153,25 @@ def longest(sequences: list[Tokens]) -> int:
     return math.ceil(max(len(s.ids) for s in sequences) / 64) * 64
 
 
-def fit(sequences: list[Tokens], length: int) -> tuple[list[dict[str, list[int]]], int]:
+def fit(sequences: list[Tokens], length: int) -> tuple[Rows, int]:
     """Rows (input_ids, labels) of at most `length` tokens, and how many were cut for that.
 
     A sequence whose prompt fills the length alone has nothing to learn from and gets no row.
     """
     kept = [s for s in sequences if s.prompt < min(length, len(s.ids))]
-    rows = [
-        {"input_ids": s.ids[:length], "labels": ([-100] * s.prompt + s.ids[s.prompt :])[:length]} for s in kept
-    ]
-    return rows, sum(len(s.ids) > length for s in kept)
+    return [_row(s.ids[:length], s.prompt) for s in kept], sum(len(s.ids) > length for s in kept)
 
 
-def token_statistics(rows: list[dict[str, list[int]]]) -> dict[str, int]:
+def _row(ids: np.ndarray, prompt: int) -> dict[str, np.ndarray]:
+    return {"input_ids": ids, "labels": np.where(np.arange(len(ids)) < prompt, np.int32(-100), ids)}
+
+
+def token_statistics(rows: Rows) -> dict[str, int]:
     """Tokens in all, those trained on, and the lengths' median and maximum."""
     lengths = [len(row["input_ids"]) for row in rows]
     return {
         "tokens": sum(lengths),
-        "trained_tokens": sum(label != -100 for row in rows for label in row["labels"]),
+        "trained_tokens": sum(int((row["labels"] != -100).sum()) for row in rows),
         "median_length": round(statistics.median(lengths)),
         "longest": max(lengths),
     }
@@ -209,9 +225,9 @@ def load(
     training = [record for group in train for record in group]
     evaluation = [record for group in held_out for record in group][:max_eval_samples]
     if skipped:
-        losses.append(Loss(skipped, skipped + len(groups), "records are left out: they have no answer"))
-    known = {json.dumps(record) for record in training}
-    if both := sum(json.dumps(record) in known for record in evaluation):
+        losses.append(Loss(skipped, skipped + len(train) + len(held_out), "records are left out: they have no answer"))
+    known = {hash(json.dumps(record)) for record in training}
+    if both := sum(hash(json.dumps(record)) in known for record in evaluation):
         losses.append(Loss(both, len(evaluation), "held-out records are trained on too, so they prove nothing"))
     return Data(form, training, evaluation, skipped, digest, losses)
 
@@ -288,7 +304,7 @@ def _record(place: str, **fields: Any) -> Record:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit((1 << 31) - 1)
-    reader = csv.DictReader(_decode(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(_decode(path)), strict=True)
     try:
         for row in reader:
             if None in row:
@@ -313,7 +329,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place for messages, object) of each line; a file that holds one JSON list works too."""
     text = _decode(path)
     if not text.strip():
-        raise UserError(f"{path} is empty; expected one JSON object a line (fields: {ACCEPTED})")
+        raise UserError(f"{path} is empty; expected one JSON object per line (fields: {ACCEPTED})")
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -331,7 +347,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             shown = line.strip()[:60]
             raise UserError(
                 f"{path}: line {number} is not JSON ({error.msg} at column {error.colno}): {shown!r}; expected one "
-                "JSON object a line (a plain text needs a name that ends in .txt)"
+                "JSON object per line (a plain text needs a name that ends in .txt)"
             ) from None
 
 
@@ -396,8 +412,8 @@ def _has_words(value: Any) -> bool:
 
 
 def _json_type(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names[type(value)]
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)  # parquet has other types too
 
 
 def _form_of(row: dict, place: str) -> tuple[str, tuple[str, ...]]:

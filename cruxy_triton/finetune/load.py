@@ -227,7 +227,7 @@ def model_of(
 
 
 def _check_loaded(recipe: Recipe, info: dict[str, Any]) -> None:
-    """Refuses a model of which transformers has filled a part with random numbers."""
+    """Raises UserError for weights that transformers has filled with random numbers."""
     wrong = [(name, "is missing") for name in sorted(info["missing_keys"])]
     wrong += [(n, f"has shape {list(a)} instead of {list(b)}") for n, a, b in sorted(info["mismatched_keys"])]
     if wrong:
@@ -319,6 +319,7 @@ def _require_bitsandbytes() -> None:
 def add_lora(model: Any, recipe: Recipe) -> Any:
     """Wraps `model` in a peft model with float32 LoRA adapters on `recipe.target_modules`, drawn by `recipe.seed`."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import set_seed
     from transformers.pytorch_utils import Conv1D
 
@@ -346,7 +347,7 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
         revision=recipe.revision,
     )
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name in linear})
         if "lora_dropout" in str(error):
@@ -358,3 +359,9 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
             f"--target-modules {' '.join(recipe.target_modules)} does not match this model; its linear layers are "
             f"{', '.join(names) or 'none'} ({str(error).partition(chr(10))[0]})"
         ) from None
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            f"--target-modules {' '.join(recipe.target_modules)} takes in the output layer, which TRL's loss reads "
+            "past its adapter; leave that one out"
+        )
+    return adapted

@@ -10,8 +10,6 @@ from cruxy_triton import settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.planner import Card, Plan, plan
-from cruxy_triton.planner.families import FAMILIES
-from cruxy_triton.planner.search import DEFAULT_LENGTH
 
 MIB = 1 << 20
 PLANNED = [name for name, setting in settings.SETTINGS.items() if setting.left_open == "planned"]
@@ -26,22 +24,15 @@ def card_of(recipe: Recipe, device: torch.device) -> Card:
 
 def make_plan(
     recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, longest_allowed: int, longest_record: int
-) -> Plan | None:
+) -> Plan:
     """The plan for `recipe`, whose open settings (sequence length, micro-batch, checkpointing, attention) it decides.
 
     In this order of preference: the whole length, then no checkpointing, then the largest micro-batch; the
     optimizer step always sees `batch_size` sequences, so the last two change speed and not the result.
-    None where the planner does not know the architecture. Raises UserError when nothing fits.
+    Raises UserError when nothing fits, or for a model that the planner cannot follow.
     """
     longest = min(longest_allowed, longest_record)
     card = card_of(recipe, device)
-    if config.model_type not in FAMILIES:
-        recipe.max_seq_length = recipe.max_seq_length or max(8, min(longest, DEFAULT_LENGTH))
-        recipe.micro_batch_size = recipe.micro_batch_size or 1
-        if recipe.gradient_checkpointing is None:
-            recipe.gradient_checkpointing = device.type == "cuda"
-        card.attention(recipe.attention)
-        return None
     given = {name: getattr(recipe, name) for name in settings.CONFIGURES if name not in ("device", "vram_bytes")}
     given["dtype"] = str(dtype).removeprefix("torch.")
     answer = plan(config.to_dict(), card, longest=longest, margin=False, alternatives=False, **given)
@@ -65,14 +56,12 @@ def _too_small(nearest: Plan, recipe: Recipe) -> str:
     )
 
 
-def describe(plan: Plan | None, recipe: Recipe) -> list[str]:
+def describe(plan: Plan, recipe: Recipe) -> list[str]:
     """The plan as lines for a terminal."""
     settings = (
         f"{recipe.max_seq_length} tokens, {recipe.batch_size} sequences per step in micro-batches of "
         f"{recipe.micro_batch_size}, gradient checkpointing {'on' if recipe.gradient_checkpointing else 'off'}"
     )
-    if plan is None:
-        return [f"plan: the planner does not know this architecture, so memory is not predicted; {settings}"]
     largest = sorted(plan.components.items(), key=lambda item: -item[1])[:5]
     return [
         f"plan: {settings}",

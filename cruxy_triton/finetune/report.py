@@ -69,9 +69,9 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes[0].plot([row["step"] for row in evaluations], held_out, "o", color="C3", label="held out")
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].legend()
-    axes[1].plot(x, [row["lr"] for row in steps], color="C1", label="schedule")
+    axes[1].plot(x, [row["lr"] for row in steps], color="C1", label="asked for")
     if any("lr_used" in row for row in steps):
-        axes[1].plot(x, [row.get("lr_used") for row in steps], color="C2", label="after control")
+        axes[1].plot(x, [row.get("lr_used") for row in steps], color="C2", label="used")
         axes[1].legend()
     axes[1].set_ylabel("learning rate")
     for axis, (label, name) in zip(axes[2:], panels, strict=True):
@@ -104,6 +104,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     steps = [row for row in rows if "loss" in row]
     seconds = sorted(row["seconds"] for row in steps)
     median = seconds[len(seconds) // 2] if seconds else float("nan")
+    used = [row for row in steps if row.get("lr_used") is not None]
+    asked = sum(row["lr"] for row in used)
     lines = [
         f"# Fine-tuning {recipe['model']}",
         "",
@@ -142,8 +144,9 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
-        + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g}), "
-        f"weight decay {recipe['weight_decay']:g} |",
+        + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"
+        + (f", of which control used {sum(row['lr_used'] for row in used) / asked:.0%}" if asked else "")
+        + f", weight decay {recipe['weight_decay']:g} |",
         f"| seed | {recipe['seed']} |",
         f"| memory | {_memory(run)} |",
         f"| versions | {', '.join(f'{k} {v}' for k, v in run['versions'].items())} |",

@@ -8,7 +8,6 @@ import copy
 import math
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,9 +109,19 @@ class _Run:
 
     def go(self, record_gradients: int) -> Result:
         self._read()
-        self._load()
+        try:
+            self._load()
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory("before training", error) from error
         self._begin()
         return self._train(record_gradients)
+
+    def _out_of_memory(self, when: str, error: Exception) -> TrainingFailed:
+        return TrainingFailed(
+            f"out of memory {when} (the plan said {memory.summary(self.plan)}): close other programs and start again"
+            f"{' with --resume' if self.folder.run_json.is_file() else ''}, or lower --max-seq-length "
+            f"({str(error).partition('.')[0]})"
+        )
 
     def _read(self) -> None:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
@@ -125,8 +134,8 @@ class _Run:
             raise UserError(f"--max-seq-length {recipe.max_seq_length} is beyond the {limit} tokens of {recipe.model}")
         if limit is not None and recipe.sample_tokens >= limit:
             raise UserError(
-                f"--sample-tokens {recipe.sample_tokens} leaves no room for a prompt in the {limit} tokens of "
-                f"{recipe.model}; give less"
+                f"--sample-tokens {recipe.sample_tokens} is beyond the {limit} tokens of {recipe.model}, of which the prompt "
+                "needs some too; give less"
             )
         self.tokenizer = load.tokenizer_of(recipe, self.config)
         self.data = data_module.load(
@@ -147,7 +156,7 @@ class _Run:
         say(f"data: {len(data.train)} records to train on, {len(data.held_out)} held out ({data.form})")
         self.tokens = [data_module.tokenize(part, self.tokenizer) for part in (data.train, data.held_out)]
         rows = self.config.get_text_config().vocab_size
-        if (highest := max(max(t.ids, default=0) for part in self.tokens for t in part)) >= rows:
+        if (highest := max(int(t.ids.max(initial=0)) for part in self.tokens for t in part)) >= rows:
             raise UserError(
                 f"the tokenizer of {recipe.model} gives token {highest} for this data, and the model knows tokens "
                 f"below {rows} only: tokenizer and model do not belong together"
@@ -166,35 +175,26 @@ class _Run:
 
     def _fit(self, limit: int | None) -> None:
         """Cuts the tokens to the sequence length; raises UserError when it leaves nothing, says what it costs."""
-        length = self.recipe.max_seq_length
+        length = sys.maxsize if self.data.packed else self.recipe.max_seq_length  # the trainer fills packed sequences
         assert length is not None, "the plan decides the sequence length first"
-        if self.data.packed:  # the trainer fills the sequences
-            self.rows = [[{"input_ids": t.ids, "labels": t.ids} for t in part] for part in self.tokens]
-            self.lengths = {"cut": 0, "dropped": 0}
-        else:
-            (train, cut), (held_out, held_out_cut) = (data_module.fit(part, length) for part in self.tokens)
-            for rows, where in ((train, self.recipe.data), (held_out, "the held-out split")):
-                if not rows:
-                    advice = "shorten the prompts, the model takes no more" if length == limit else "give a larger one"
-                    raise UserError(
-                        f"--max-seq-length {length} leaves no token of an answer in any record of {where}; {advice}"
-                    )
-            self.rows = [train, held_out]
-            for name, kept, parts, count in (
-                ("training", train, self.tokens[0], cut),
-                ("held-out", held_out, self.tokens[1], held_out_cut),
+        self.rows: list[data_module.Rows] = []
+        self.lengths: dict[str, int] = {}
+        for name, tokens in zip(("training", "held-out"), self.tokens, strict=True):
+            rows, cut = data_module.fit(tokens, length)
+            if not rows:
+                advice = "shorten the prompts, the model takes no more" if length == limit else "give a larger one"
+                raise UserError(
+                    f"--max-seq-length {length} leaves no token of an answer in any {name} record; {advice}"
+                )
+            dropped = len(tokens) - len(rows)
+            self.rows.append(rows)
+            self.lengths = self.lengths or {"cut": cut, "dropped": dropped, **data_module.token_statistics(rows)}
+            for count, what in (
+                (dropped, f"left out: their prompt alone fills the {length} tokens"),
+                (cut, f"cut at {length} tokens"),
             ):
-                out = len(parts) - len(kept)
-                self.data.losses += [
-                    data_module.Loss(n, len(parts), f"{name} records are {what}")
-                    for n, what in (
-                        (out, f"left out: their prompt alone fills the {length} tokens"),
-                        (count, f"cut at {length} tokens"),
-                    )
-                    if n
-                ]
-            self.lengths = {"cut": cut, "dropped": len(self.tokens[0]) - len(train)}
-        self.lengths |= data_module.token_statistics(self.rows[0])
+                if count:
+                    self.data.losses.append(data_module.Loss(count, len(tokens), f"{name} records are {what}"))
         for loss in self.data.losses:
             self.hooks.say(str(loss))
 
@@ -286,9 +286,7 @@ class _Run:
         status = "failed"
         try:
             with interruption.installed():
-                if self.checkpoint is None:
-                    with contextlib.suppress(FileNotFoundError):
-                        folder.metrics.unlink()
+                if not folder.read_metrics():
                     telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
                 if self.checkpoint is None or not trainer.restore_if_trained(self.checkpoint):
                     trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -299,11 +297,7 @@ class _Run:
                 raise
         except torch.OutOfMemoryError as error:
             status = "out of memory"
-            raise TrainingFailed(
-                f"out of memory at step {trainer.state.global_step + 1} (the plan said {memory.summary(self.plan)}): "
-                "close other programs and continue with --resume, or lower --max-seq-length "
-                f"({str(error).partition('.')[0]})"
-            ) from error
+            raise self._out_of_memory(f"at step {trainer.state.global_step + 1}", error) from error
         except files.WriteFailed as error:
             raise TrainingFailed(f"{error}; make room and continue with --resume --output {folder.path}") from error
         finally:
@@ -312,10 +306,10 @@ class _Run:
             if status not in ("finished", "diverged"):
                 with contextlib.suppress(files.WriteFailed):  # the disk may be full
                     folder.write_run(run, status)
-        if status == "interrupted":
+        if interruption.number is not None and status == "interrupted":
             saved, _ = folder.intact_checkpoint()
             step = 0 if saved is None else int(saved.name.partition("-")[2])
-            return Result(folder.path, False, step, run["before"], None, None, interruption.number or signal.SIGINT)
+            return Result(folder.path, False, step, run["before"], None, None, interruption.number)
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]
@@ -353,8 +347,8 @@ class _Run:
         tokens = self.tokens[1][0]
         room = (load.max_length_of(self.config) or 2048) - self.recipe.sample_tokens
         if self.data.packed:
-            return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)]
-        return tokens.ids[: tokens.prompt][-room:] or tokens.ids[:1]
+            return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)].tolist()
+        return tokens.ids[: max(1, tokens.prompt)][-room:].tolist()
 
     def _generate(self) -> str | None:
         """The model's answer; None, and a note, where its generation fails: no reason to stop a training."""

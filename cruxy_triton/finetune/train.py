@@ -25,11 +25,10 @@ from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.optimizer import CruxyOptimizer
-
-Rows = list[dict[str, list[int]]]
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -89,7 +88,7 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self._some_tokens = rows[0][0]["input_ids"][:4]
+        self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
         args = SFTConfig(
@@ -139,8 +138,12 @@ class Trainer(SFTTrainer):
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
         if isinstance(self.optimizer, CruxyOptimizer):
-            self.optimizer.register_step_pre_hook(self._give_loss)
+            self.optimizer.register_step_pre_hook(self._hand_loss)
         return self.optimizer
+
+    def _hand_loss(self, optimizer: Any, *_: Any) -> None:
+        if self.step_loss is not None:
+            optimizer.set_loss(self.step_loss)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         warmup = round(self.recipe.warmup_fraction * num_training_steps)
@@ -169,15 +172,13 @@ class Trainer(SFTTrainer):
         # Without the tiles it is transformers' own loss over whole logits, which SFTTrainer inherits and overrides.
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
+
     def _take_accuracy(self, mode: str) -> float:
         """TRL's accuracy of the last batch: the part of the labels that the model put first."""
         seen = self._metrics[mode]["mean_token_accuracy"]
         accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
         self._metrics[mode].clear()
         return accuracy
-
-    def _give_loss(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "loss": self.step_loss}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""

@@ -54,15 +54,19 @@ class Tape(Ledger):
 
 
 class Tensor:
-    """`n` elements of `b` bytes in `storage`; `node` is what made it, where a gradient flows back."""
+    """`n` elements of `b` bytes in `storage`; `node` is what made it, where a gradient flows back.
 
-    __slots__ = ("b", "n", "node", "storage")
+    `view`: torch has another tensor on the storage, so that nothing is added to it in place.
+    """
+
+    __slots__ = ("b", "n", "node", "storage", "view")
 
     def __init__(self, storage: Storage, n: int, b: int, node: Node | None = None):
         self.storage = storage
         self.n = n
         self.b = b
         self.node = node
+        self.view = False
 
     @property
     def requires_grad(self) -> bool:
@@ -73,14 +77,16 @@ class Tensor:
 
 
 class Parameter(Tensor):
-    """A leaf. `grad` is filled by the backward pass when it is trainable."""
+    """A leaf. `grad` is filled by the backward pass when it is trainable, once as many gradients have come as it has
+    `uses` (tied tables have two)."""
 
-    __slots__ = ("grad", "trainable")
+    __slots__ = ("grad", "trainable", "uses")
 
     def __init__(self, storage: Storage, n: int, b: int, trainable: bool):
         super().__init__(storage, n, b)
         self.trainable = trainable
         self.grad: Tensor | None = None
+        self.uses = 0
 
     @property
     def requires_grad(self) -> bool:
@@ -137,6 +143,10 @@ def operation(
         edges = [
             None if x is None or not x.requires_grad else x if isinstance(x, Parameter) else x.node for x in inputs
         ]
+        if tape.recomputing is None:
+            for edge in edges:
+                if isinstance(edge, Parameter):
+                    edge.uses += 1
         count = len(inputs)
         out.node = Node(tape, back or (lambda g: (g,) * count), edges, saved, expected)
     return out
@@ -218,7 +228,7 @@ def checkpoint(tape: Tape, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _alone(tensor: Tensor) -> bool:
     """Whether the gradient buffer is the only owner (torch adds in place then): one name in the caller's frame,
     one slot in the buffer, the argument here and getrefcount's own argument; one owner of the storage."""
-    return sys.getrefcount(tensor) <= 4 and sys.getrefcount(tensor.storage) <= 2
+    return not tensor.view and sys.getrefcount(tensor) <= 4 and sys.getrefcount(tensor.storage) <= 2
 
 
 def backward(tape: Tape, root: Tensor) -> None:
@@ -227,7 +237,7 @@ def backward(tape: Tape, root: Tensor) -> None:
     Each part of the model is a phase of its own, `backward:<scope>`.
     """
     assert root.node is not None
-    buffers: dict[Node, Tensor] = {root.node: tape.new(root.n, root.b)}
+    buffers: dict[Node | Parameter, Tensor] = {root.node: tape.new(root.n, root.b)}
     heap: list[tuple[int, int, Node]] = [(-root.node.seq, 0, root.node)]
     ties = 0
     scope = None
@@ -252,17 +262,19 @@ def backward(tape: Tape, root: Tensor) -> None:
             grad, grads[i] = grads[i], None
             if edge is None or grad is None:
                 continue
-            if isinstance(edge, Parameter):
-                _accumulate(tape, edge, grad)
-                continue
             old = buffers.get(edge)
             if old is None:
                 buffers[edge] = grad
-                ties += 1
-                heapq.heappush(heap, (-edge.seq, ties, edge))
+                if isinstance(edge, Node):
+                    ties += 1
+                    heapq.heappush(heap, (-edge.seq, ties, edge))
             elif not _alone(old):
                 buffers[edge] = tape.new(old.n, max(old.b, grad.b))
             del old, grad
+            if isinstance(edge, Parameter):
+                edge.uses -= 1
+                if edge.uses == 0:
+                    _accumulate(tape, edge, buffers.pop(edge))
     tape.component = "activations"
 
 

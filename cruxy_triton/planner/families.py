@@ -30,12 +30,14 @@ class Family:
     masks: int = 1  # kinds of eager attention mask: Gemma 2 has one more for its sliding windows
     scaled_embedding: bool = False  # Gemma multiplies the embedding by sqrt(hidden_size)
     names: tuple[str, ...] = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
 
 FAMILIES: dict[str, Family] = {
+    "arcee": Family(gated=False, names=(*ATTENTION, "up_proj", "down_proj")),
+    "hunyuan_v1_dense": Family(qk_norm=True),
     "llama": Family(),
     "mistral": Family(qkv_bias=False, out_bias=False, mlp_bias=False, defaults={"num_key_value_heads": 8}),
     "qwen2": Family(qkv_bias=True, out_bias=False, mlp_bias=False, defaults={"num_key_value_heads": 32}),

@@ -1,7 +1,7 @@
-"""The memory of one training step, by phase and component, in milliseconds and without torch.
+"""The memory of one training step, by phase and component.
 
-Every phase's peak is linear in the number of layers, so walks of models of two and of three layers give the model's
-own exactly. The peak is the maximum over phases, never a sum.
+Every phase's peak is linear in the number of layers, so that runs of few layers give the model's own. The peak is the
+maximum over phases, never a sum. For the families that the planner knows the run is a walk: milliseconds, no torch.
 
 At the loss and with the stock loss this comes to W + 12 n_lora + act + (4h + 4) T + 12 V T bytes, with the weights'
 bytes W, T = batch * seq tokens and, under checkpointing, act = 2 h T per layer (10 V T where the output object is not
@@ -10,8 +10,10 @@ kept).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from cruxy_triton.errors import UserError
 from cruxy_triton.planner.ledger import Ledger
 from cruxy_triton.planner.step import Step
 from cruxy_triton.planner.walk import walk
@@ -31,39 +33,57 @@ class Footprint:
         return self.phases[self.peak_phase]
 
 
-def _summary(ledger: Ledger, layers: int) -> dict[str, tuple[int, dict[str, int]]]:
+Parts = dict[str, dict[str, int]]  # phase: bytes by component at its peak
+
+
+def _summary(ledger: Ledger, layers: int) -> Parts:
     """Phases that exist whatever the number of layers; the layers' own become last, first and between."""
     names = {f"backward:layer{layers - 1}": "backward:last layer", "backward:layer0": "backward:first layer"}
-    found = {}
-    for phase, peak in ledger.phases.items():
-        name = names.get(phase, phase)
-        if not name.startswith("backward:layer"):
-            found[name] = (peak, ledger.parts[phase])
-    return found
+    found = {names.get(phase, phase): parts for phase, parts in ledger.parts.items()}
+    return {name: parts for name, parts in found.items() if not name.startswith("backward:layer")}
+
+
+def extrapolated(run: Callable[[Step], Ledger], step: Step, few: int, more: int) -> Footprint:
+    """The footprint of `step` by `run`s of `few` and of `more` layers, or of all where there are no more."""
+    layers = step.shape.num_hidden_layers
+    if layers <= more:
+        found = _summary(run(step), layers)
+    else:
+        low, high = (_summary(run(replace(step, shape=step.shape.with_layers(n))), n) for n in (few, more))
+        found: Parts = {}
+        for phase, parts in low.items():
+            names = {**parts, **high[phase]}
+            ends = [(parts.get(name, 0), high[phase].get(name, 0)) for name in names]
+            slopes = [(a, (b - a) * (layers - few) // (more - few)) for a, b in ends]
+            found[phase] = {name: a + slope for name, (a, slope) in zip(names, slopes, strict=True)}
+    found = {name: parts for name, parts in found.items() if name not in ("end", "loaded")}
+    phases = {name: sum(parts.values()) for name, parts in found.items()}
+    highest = max(phases, key=lambda name: phases[name])
+    return Footprint(phases, {k: v for k, v in sorted(found[highest].items()) if v}, highest, found)
 
 
 def footprint(step: Step) -> Footprint:
-    """The peak of each phase and what it is made of, from walks of two and three layers."""
-    layers = step.shape.num_hidden_layers
-    if layers <= 3:
-        ledger = walk(step)
-        found = _summary(ledger, layers)
-    else:
-        two, three = (_summary(walk(replace(step, shape=step.shape.with_layers(n))), n) for n in (2, 3))
-        more = layers - 2
-        found = {}
-        for phase, (low, low_parts) in two.items():
-            high, high_parts = three[phase]
-            parts = {
-                name: low_parts.get(name, 0) + more * (high_parts.get(name, 0) - low_parts.get(name, 0))
-                for name in {**low_parts, **high_parts}
-            }
-            found[phase] = (low + more * (high - low), parts)
-    found = {k: v for k, v in found.items() if k not in ("end", "loaded")}
-    peak_phase = max(found, key=lambda name: found[name][0])
-    return Footprint(
-        phases={name: value for name, (value, _) in found.items()},
-        components={k: v for k, v in sorted(found[peak_phase][1].items()) if v},
-        peak_phase=peak_phase,
-        parts={name: parts for name, (_, parts) in found.items()},
-    )
+    """The peak of each phase and what it is made of: by walks, or by traces of a type that is none of `families`."""
+    learned = step.shape.learned
+    if learned is None:
+        return extrapolated(walk, step, 2, 3)
+    few = max(2, learned.period)
+    return extrapolated(lambda step: _traced(step, 1), step, few, few + learned.period)
+
+
+def allocations(step: Step) -> list[tuple[int, int]]:
+    """Every allocation and release of the whole model's step, in order, for `replay`."""
+    run = walk(step, record=True) if step.shape.learned is None else _traced(step, 2)
+    return run.events or []
+
+
+def _traced(step: Step, steps: int) -> Ledger:
+    try:
+        from cruxy_triton.planner.trace import trace
+
+        return trace(step, steps)
+    except ImportError as error:
+        raise UserError(
+            f"{step.shape.name}: a model_type that the planner does not know by itself is planned by a trace, which "
+            f"needs more than is here ({error}): pip install 'cruxy-triton[train]'"
+        ) from None

@@ -49,15 +49,16 @@ def tiled_loss(tape: Tape, step: Step, x: Tensor, head: Parameter) -> Tensor:
 
     def back(g: Tensor, hidden: Tensor, *saved):
         wide = tape.new(hidden.n, 4)
+        grad = tape.new(head_n, 4) if learns else None
         space = tape.new(tile, compute)
         narrow = ops.cast(tape, hidden.detach(), compute)
         if cpu:
             # y, z, log p, p, the gradient, one-hot minus p, its product; the one-hot is boolean
             parts = [tape.new(tall, 4) for _ in range(7)] + [tape.new(tall, 1)]
             del parts
-        grad = ops.cast(tape, tape.new(head_n, 4), head_b) if learns else None
+        grads = (ops.cast(tape, wide, hidden.b), ops.cast(tape, grad, head_b) if grad is not None else None)
         del space, narrow
-        return (ops.cast(tape, wide, hidden.b), grad)
+        return grads
 
     head_n, head_b = head.n, head.b
     with tape.booked_as("logits and loss"):

@@ -50,17 +50,21 @@ def concatenate(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     return operation(tape, (x, y), (x.n + y.n, x.b), lambda g: tuple(Tensor(g.storage, n, g.b) for n in sizes))
 
 
-def product(tape: Tape, x: Tensor, y: Tensor, n: int, broadcast: bool = False) -> Tensor:
+def product(tape: Tape, x: Tensor, y: Tensor, n: int, broadcast: bool = False, turned: bool = False) -> Tensor:
     """A product of x and y with `n` elements: saves each factor that the other's gradient is made of.
 
     `broadcast`: elementwise, gradients have the result's size before the engine sums them.
+    `turned`: y was transposed for it, and so is its gradient.
     """
     keep = [factor for factor, other in ((x, y), (y, x)) if other.requires_grad]
     sizes = [n if broadcast else factor.n for factor in (x, y)]
     wants = (x.requires_grad, y.requires_grad)
 
     def back(g: Tensor, *saved):
-        return [tape.new(size, g.b) if want else None for size, want in zip(sizes, wants, strict=True)]
+        grads = [tape.new(size, g.b) if want else None for size, want in zip(sizes, wants, strict=True)]
+        if turned and grads[1] is not None:
+            grads[1].view = True
+        return grads
 
     expected = [(x.n, x.b), (y.n, y.b)] if broadcast else ()
     return operation(tape, (x, y), (n, max(x.b, y.b) if broadcast else x.b), back, keep=keep, expected=expected)
@@ -87,7 +91,7 @@ def linear(tape: Tape, x: Tensor, w: Parameter, n_out: int, half: int = 0) -> Te
     if half:
         x = cast(tape, x, half)
         weight = _autocast_weight(tape, w, half)
-    return product(tape, x, weight, n_out)
+    return product(tape, x, weight, n_out, turned=True)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def linear_4bit(tape: Tape, x: Tensor, w: Linear4bit, tokens: int, compute: int)
     """
     x_b = x.b
     xc = cast(tape, x, compute)
+    # here gemm_4bit adds the offset out of place (bitsandbytes/backends/cuda/ops.py)
+    absmax = tape.buffer(nf4_absmax(w.rows * w.cols), "workspaces") if w.nested else None
     weight = _dequantize(tape, w, compute)
     n_in = xc.n
 
@@ -124,7 +130,7 @@ def linear_4bit(tape: Tape, x: Tensor, w: Linear4bit, tokens: int, compute: int)
         return (tape.new(n_in, g.b),)
 
     out = operation(tape, (xc,), (tokens * w.rows, compute), back)
-    del weight, xc
+    del weight, absmax, xc
     return cast(tape, out, x_b)
 
 

@@ -14,15 +14,15 @@ from typing import Any
 
 from cruxy_triton import settings
 from cruxy_triton.errors import UserError
+from cruxy_triton.planner.accuracy import error_bytes
 from cruxy_triton.planner.card import Card, GiB, MiB, card_names, load_card
-from cruxy_triton.planner.footprint import Footprint, footprint
+from cruxy_triton.planner.footprint import Footprint, allocations, footprint
 from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.replay import OutOfMemory, replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape, load_model
 from cruxy_triton.planner.speed import step_seconds
 from cruxy_triton.planner.step import Step
-from cruxy_triton.planner.walk import walk
 
 LENGTHS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64)  # tokens, where one is looked for
 DEFAULT_LENGTH = 1024  # the longest that is tried where none is asked for
@@ -53,7 +53,9 @@ class _Judge:
         return self._footprints[step]
 
     def error(self, config: Configuration) -> int:
-        return error_bytes(self.footprint(config).peak_allocated, self.card, config.attention, config.method == "full")
+        allocated, full = self.footprint(config).peak_allocated, config.method == "full"
+        traced = self.shape.learned is not None
+        return error_bytes(allocated, self.card, config.attention, full, config.load_in_4bit, traced)
 
     def allowance(self, config: Configuration) -> int:
         """More than the allocator was ever seen to lose to fragmentation: 12 % of what is not weights, 64 MiB."""
@@ -89,7 +91,7 @@ class _Judge:
     def events(self, config: Configuration) -> list[tuple[int, int]]:
         """The whole model's allocations; those of the last configuration asked for are kept."""
         if self._last[0] != config:
-            self._last = (config, walk(self.step(config), record=True).events or [])
+            self._last = (config, allocations(self.step(config)))
         return self._last[1]
 
     def memory(self, config: Configuration) -> tuple[int, int, int]:
@@ -105,15 +107,6 @@ class _Judge:
         """The process's peak without replaying the allocator: half of its allowance is added instead."""
         extra = self.allowance(config) // 2 if self.card.device == "cuda" else 0
         return self.footprint(config).peak_allocated + extra + self.card.context_bytes
-
-
-def error_bytes(allocated: int, card: Card, attention: str, full: bool = False) -> int:
-    """How far the process's peak may be off, either way: the context's own uncertainty, and a share of what is
-    allocated: 2 %; 5 % where large score matrices make the allocator's fragmentation depend on chance (eager and
-    math attention) and for full fine-tuning, whose closed form was seen up to 4.7 % off the trace. Against a real
-    T4 LoRA's worst were 1.6 % (SDPA) and 3.8 % (eager; tests/planner/test_t4.py)."""
-    share = 0.05 if full or attention in ("eager", "math") else 0.02
-    return int(share * allocated) + card.context_error_bytes
 
 
 def codec_of(config: Configuration) -> str:

@@ -5,7 +5,6 @@ No weights are read and no torch is imported.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -33,10 +32,25 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What was read off transformers' own model of a type that is none of `families`.
+
+    linears: each kind of linear layer, and how often the model has it. period: layers after which kinds of layer
+    repeat.
+    """
+
+    family: Family
+    linears: tuple[tuple[Linear, int], ...]
+    parameters: int
+    period: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The dimensions of a causal language model. Counts are elements.
 
     config: the JSON text that it was read from, "" where it was made by hand; `trace` builds the model from it.
+    learned: None for the types of `families`.
     """
 
     name: str
@@ -54,15 +68,17 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     partial_rotary_factor: float = 1.0
+    resid_pdrop: float = 0.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     hf_id: str = ""
     source: str = ""
     config: str = field(default="", repr=False, compare=False)
+    learned: Learned | None = None
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.model_type]
+        return self.learned.family if self.learned else FAMILIES[self.model_type]
 
     @property
     def query_width(self) -> int:
@@ -87,20 +103,28 @@ class ModelShape:
         sizes += [(i, h, mlp)] * (2 if f.gated else 1) + [(h, i, mlp)]
         return tuple(Linear(name, *size) for name, size in zip(f.names, sizes, strict=True))
 
-    def norms(self) -> tuple[int, ...]:
-        """Elements of each norm weight (and bias) of one block."""
-        f, h = self.family, self.hidden_size
-        if f.norm == "layer":
-            return (h, h) if f.parallel else (h, h, h, h)
-        return (h,) * (4 if f.sandwich else 2) + (self.head_dim,) * (2 if f.qk_norm else 0)
+    def norms(self) -> dict[str, int]:
+        """The norms' tensors of one block, in the order of execution and q's and k's last: key, elements."""
+        f = self.family
+        names = ["input_layernorm", *([] if f.parallel else ["post_attention_layernorm"])]
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if f.sandwich else []
+        parts = ("weight", "bias") if f.norm == "layer" else ("weight",)
+        found = {f"{name}.{part}": self.hidden_size for name in names for part in parts}
+        return found | ({f"self_attn.{x}_norm.weight": self.head_dim for x in "qk"} if f.qk_norm else {})
+
+    def all_linears(self) -> tuple[tuple[Linear, int], ...]:
+        """Each kind of linear layer but the head, and how often the model has it."""
+        return self.learned.linears if self.learned else tuple((x, self.num_hidden_layers) for x in self.linears())
 
     @property
     def layer_parameters(self) -> int:
-        return sum(x.weight + (x.rows if x.bias else 0) for x in self.linears()) + sum(self.norms())
+        return sum(x.weight + (x.rows if x.bias else 0) for x in self.linears()) + sum(self.norms().values())
 
     @property
     def parameters(self) -> int:
         """All parameters, with tied embeddings counted once."""
+        if self.learned:
+            return self.learned.parameters
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         final = self.hidden_size * (2 if self.family.norm == "layer" else 1)
         head_bias = self.vocab_size if self.family.head_bias else 0
@@ -128,6 +152,7 @@ _OPTIONAL = (
     ("mlp_bias", bool, False, True),
     ("hidden_act", str, None, None),
     ("partial_rotary_factor", float, 0.0, 1.0),
+    ("resid_pdrop", float, 0.0, 1.0),
     ("attn_logit_softcapping", float, 0.0, math.inf),
     ("final_logit_softcapping", float, 0.0, math.inf),
     ("hf_id", str, None, None),
@@ -147,35 +172,41 @@ def _checked(config: Mapping[str, Any], spec: tuple[str, type, Any, Any], where:
     number = not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
     if kind is int and not (number and least <= value <= most):
         raise UserError(f"{where}: {name} must be a positive whole number (at most {most}), not {value!r}")
-    if kind is float and not (number and least < value <= most and math.isfinite(value)):
-        bounds = "above 0" if most == math.inf else f"above {least:g} and at most {most:g}"
+    if kind is float and not (number and least <= value <= most and math.isfinite(value)):
+        bounds = "of at least 0" if most == math.inf else f"between {least:g} and {most:g}"
         raise UserError(f"{where}: {name} must be a number {bounds}, not {value!r}")
     return value
 
 
 def shape_from_config(config: Mapping[str, Any], name: str = "", source: str = "") -> ModelShape:
-    """A `ModelShape` from a parsed config.json.
+    """A `ModelShape` from a parsed config.json. A model_type that is none of `families` is read off transformers' own
+    model, which imports torch and transformers.
 
-    Raises UserError for an architecture the planner does not know, a missing or impossible field, or a
-    checkpoint that is quantized already.
+    Raises UserError for what AutoModelForCausalLM does not load or the planner cannot (multimodal models), a missing
+    or impossible field, or a checkpoint that is quantized already.
     """
     where = name or "the config"
     kind = config.get("model_type")
-    if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: model_type {kind!r} is not the name of an architecture, for example llama")
+    parts = [key for key, value in config.items() if isinstance(value, Mapping) and key.endswith("_config")]
+    parts = [key for key in parts if key != "quantization_config"]
+    if parts:
         raise UserError(
-            f"{where}: model_type {kind!r} is not known to the planner; it knows {', '.join(FAMILIES)}.{hint}"
+            f"{where}: model_type {kind!r} is a model of several parts ({', '.join(parts)}); plan and finetune take "
+            "causal language models of text alone"
         )
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where}: the checkpoint is quantized already; plan with the unquantized one and 4-bit base weights"
+        )
+    if kind not in FAMILIES:
+        return _learned(config, name, source)
     missing = [name for name, *_ in _NEEDED if config.get(name) is None]
     if missing:
         raise UserError(
             f"{where}: the config lacks {', '.join(missing)}; a causal language model's config.json with "
             f"{', '.join(spec[0] for spec in _NEEDED)} is needed"
-        )
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{where}: the checkpoint is quantized already; plan with the unquantized one and 4-bit base weights"
         )
     rope = config.get("rope_parameters")
     given = {**FAMILIES[kind].defaults, **(rope if isinstance(rope, Mapping) else {}), **config}
@@ -203,6 +234,18 @@ def shape_from_config(config: Mapping[str, Any], name: str = "", source: str = "
         config=json.dumps(dict(config), default=str),
         **found,
     )
+
+
+def _learned(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
+    try:
+        from cruxy_triton.planner.meta_model import learn
+    except ImportError as error:
+        raise UserError(
+            f"{name or 'the config'}: model_type {config['model_type']!r} is none of those that the planner knows by "
+            f"itself ({', '.join(FAMILIES)}); for any other it needs transformers ({error}): "
+            "pip install 'cruxy-triton[train]'"
+        ) from None
+    return learn(config, name, source)
 
 
 def load_model(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:

@@ -16,7 +16,7 @@ def flops(step: Step) -> dict[str, float]:
     """Floating-point operations of one micro-batch by part (a multiply-add counts two)."""
     shape, tokens = step.shape, step.tokens
     layers = shape.num_hidden_layers
-    weights = layers * sum(x.weight for x in shape.linears())
+    weights = sum(x.weight * count for x, count in shape.all_linears())
     head = shape.vocab_size * shape.hidden_size
     # Causal: half of the S x S scores; two products forward, five backward (flash and efficient recompute one).
     attention = 2.0 * step.batch * step.seq**2 * shape.query_width * layers
@@ -34,7 +34,7 @@ def flops(step: Step) -> dict[str, float]:
 def traffic(step: Step) -> dict[str, float]:
     """Bytes that must cross the memory bus, by part: one micro-batch, and the optimizer's once a step."""
     shape = step.shape
-    weights = shape.num_hidden_layers * sum(x.weight for x in shape.linears())
+    weights = sum(x.weight * count for x, count in shape.all_linears())
     reads = 3 if step.checkpointing else 2
     width = BYTES[step.precision]
     if step.precision == "nf4":  # codes and scales in, 16-bit weights out and in again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -116,7 +115,12 @@ def _torch(step: Step, autocast: Autocast | None) -> Iterator[Any]:
         return autocast.dtype if autocast is not None else torch.float32
 
     attention = _sdpa(step.attention)
+
+    def no_autocast(*args, **kwargs):
+        return nullcontext()
+
     yield mock.patch.object(torch, "is_autocast_enabled", autocast_enabled)
+    yield mock.patch.object(torch, "autocast", no_autocast)
     yield mock.patch.object(F, "softmax", fused_softmax)
     yield mock.patch.object(F, "dropout", dropout)
     if autocast is not None:
@@ -129,7 +133,7 @@ def _torch(step: Step, autocast: Autocast | None) -> Iterator[Any]:
     yield mock.patch.object(F, "scaled_dot_product_attention", attention)
 
 
-def _trl() -> Iterator[Any]:
+def _trl(step: Step) -> Iterator[Any]:
     """TRL's tiled head as it runs on a card, whose Triton kernels allocate nothing."""
     import trl.kernels.chunked_logprob as chunked
 
@@ -145,15 +149,18 @@ def _trl() -> Iterator[Any]:
         light: Any = types.ModuleType("trl.trainer.utils")
         light.maybe_gather_lm_head_ctx = lambda weight, bias: nullcontext()
         yield mock.patch.dict(sys.modules, {"trl.trainer.utils": light})
+    if step.device == "cpu":
+        return
     yield mock.patch.object(chunked, "_use_triton", triton_runs)
     yield mock.patch.object(chunked, "_forward_kernel", _NoKernel())
     yield mock.patch.object(chunked, "_backward_kernel", _NoKernel())
     yield mock.patch.object(chunked, "_addmm_fp32", accumulate)
 
 
-def _masks(step: Step) -> Iterator[Any]:
+def _masks(step: Step, model: Any) -> Iterator[Any]:
     """transformers cannot look into a mask on meta; the models get what they would have made of a full one."""
-    module = importlib.import_module(f"transformers.models.{step.shape.model_type}.modeling_{step.shape.model_type}")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    module = sys.modules[type(base).__module__]
 
     def make(config=None, inputs_embeds=None, **_: Any) -> torch.Tensor | None:
         assert inputs_embeds is not None
@@ -162,15 +169,44 @@ def _masks(step: Step) -> Iterator[Any]:
         batch, seq = inputs_embeds.shape[:2]
         return torch.empty((batch, 1, seq, seq), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
 
-    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
-        if hasattr(module, name):
+    for name in vars(module):
+        if name.startswith("create_") and name.endswith("_mask"):
             yield mock.patch.object(module, name, make)
 
 
+def _cpu() -> Iterator[Any]:
+    """The CPU's SDPA kernel; everything else runs as it is."""
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+
+    def autocast_enabled(device="meta"):
+        return False
+
+    yield mock.patch.object(F, "scaled_dot_product_attention", attention)
+    yield mock.patch.object(torch, "is_autocast_enabled", autocast_enabled)
+
+
+def _experts() -> Iterator[Any]:
+    """transformers' own product of grouped experts, which has a form without values; torch's is for bfloat16 alone."""
+    try:
+        from transformers.integrations import moe
+    except ImportError:
+        return
+
+    def can_use_grouped_mm(input, weight, offs):
+        return False
+
+    yield mock.patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm)
+
+
 @contextmanager
-def stand_ins(step: Step, autocast: Autocast | None) -> Iterator[None]:
-    """Everything of this file in place."""
+def stand_ins(step: Step, autocast: Autocast | None, model: Any) -> Iterator[None]:
+    """Everything of this file in place, as far as the step's device needs it."""
+    patches = [*_masks(step, model), *_experts(), *(_trl(step) if step.chunked_loss else ())]
     with ExitStack() as stack:
-        for patch in (*_torch(step, autocast), *(_trl() if step.chunked_loss else ()), *_masks(step)):
+        for patch in (*patches, *(_cpu() if step.device == "cpu" else _torch(step, autocast))):
             stack.enter_context(patch)
         yield

@@ -30,8 +30,9 @@ class Step:
     cublas_workspace: int = 8_519_680
     autocast: bool = True
     upcast_outputs: bool = True  # accelerate's convert_outputs_to_fp32 around an autocast forward
-    keep_outputs: bool = False  # the output object (with its logits) lives on through the backward pass
+    keep_outputs: bool = False  # the output object (with its logits) lives on until the optimizer is through
     warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
+    ahead: int = 0  # weights that loading has put on the device before their turn to be quantized (`loading.load`)
     kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantized weights in fp32
 
     @property
@@ -60,8 +61,8 @@ class Step:
 
     def lora_parameters(self) -> int:
         """Trainable elements of all adapters."""
-        per_layer = sum(self.lora_r * (x.rows + x.cols) for x in self.shape.linears() if x.name in self.targets)
-        return per_layer * self.shape.num_hidden_layers
+        linears = [(x.rows + x.cols, count) for x, count in self.shape.all_linears() if x.name in self.targets]
+        return sum(self.lora_r * ends * count for ends, count in linears)
 
     def trainable_parameters(self) -> int:
         return self.lora_parameters() if self.lora_r else self.shape.parameters

@@ -1,12 +1,14 @@
 """The training step itself on torch's `meta` device: real code, no values, every allocation recorded.
 
 transformers' model, peft's LoRA, bitsandbytes' 4-bit layers and TRL's tiled head run as they are installed, so the
-trace follows them by itself; it checks `footprint.py`, which writes the same step down by hand. A
-`TorchDispatchMode` sees every storage come and go; what it cannot see (workspaces inside a kernel) is in
-`workspace_bytes`, by operation. Composite operations that ask `is_cuda` are patched to what the card would run.
+trace follows them by itself: it checks `walk`, which writes the same step down by hand, and it answers for model
+types that `families` does not know. A `TorchDispatchMode` sees every storage come and go; what it cannot see
+(workspaces inside a kernel) is in `workspace_bytes`, by operation. Composite operations that ask `is_cuda` are
+patched to what the card would run (`stand_ins`). Loading is not traced, since from_pretrained needs a checkpoint:
+`loading` has it.
 
-Two optimizer steps are traced: the first has no optimizer state yet. Models of three and four layers extrapolate
-exactly to the peak allocated of the whole; what is reserved needs all layers.
+Under the recording mode autograd adds no gradient in place: full fine-tuning with tied tables comes out up to one
+table too high.
 """
 
 from __future__ import annotations
@@ -15,39 +17,24 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from copy import copy
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cruxy_triton.errors import UserError
 from cruxy_triton.planner import workspaces
 from cruxy_triton.planner.ledger import Ledger, Storage
+from cruxy_triton.planner.loading import Weight, load
 from cruxy_triton.planner.losses import TILE_VOCABULARY
-from cruxy_triton.planner.meta_model import build
+from cruxy_triton.planner.meta_model import build, dtype_of
 from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.stand_ins import Autocast, stand_ins
 from cruxy_triton.planner.step import Step
-from cruxy_triton.planner.walk import load_events
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Traced:
-    """What a traced run did: its allocations in order and the peak of each phase, bytes."""
-
-    phases: dict[str, int]
-    events: list[tuple[int, int]] = field(repr=False, default_factory=list)
-
-    @property
-    def peak_phase(self) -> str:
-        return max(self.phases, key=lambda name: self.phases[name])
-
-    @property
-    def peak_allocated(self) -> int:
-        return self.phases[self.peak_phase]
 
 
 class Recorder(TorchDispatchMode):
@@ -60,28 +47,27 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.ledger = Ledger(round_to, record=True)
         self.workspace = workspace
-        self._known: dict[int, weakref.ref] = {}
+        self._known: dict[int, tuple[weakref.ref, Storage | None]] = {}
 
-    def hold(self, nbytes: int) -> None:
-        """Bytes that stay for good (a cuBLAS workspace), if any."""
-        if nbytes:
-            self.ledger.book(self.ledger.rounded(nbytes), "")
+    def adopt(self, tensor: torch.Tensor, booked: Storage | None) -> None:
+        """`tensor` is what was booked as `booked`, which is released with it."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        self._known[key] = weakref.ref(storage, lambda _: self._known.pop(key, None)), booked
 
     def see(self, tensor: torch.Tensor) -> None:
         """Book the tensor's storage if it is new."""
         storage = tensor.untyped_storage()
-        key = id(storage)
-        known = self._known.get(key)
-        if not storage.nbytes() or (known is not None and known() is storage):
-            return
-        size = self.ledger.rounded(storage.nbytes())
-        ident = self.ledger.book(size, "")
+        known = self._known.get(id(storage))
+        if storage.nbytes() and (known is None or known[0]() is not storage):
+            self.adopt(tensor, Storage(self.ledger, storage.nbytes(), self.ledger.component))
 
-        def gone(_: object) -> None:
-            self._known.pop(key, None)
-            self.ledger.release(ident, size, "")
-
-        self._known[key] = weakref.ref(storage, gone)
+    def is_gradient(self, tensor: torch.Tensor) -> None:
+        """The tensor is a parameter's gradient from now on."""
+        booked = self._known[id(tensor.untyped_storage())][1]
+        if booked is not None:
+            self.ledger.move(booked.nbytes, booked.component, "gradients")
+            booked.component = "gradients"
 
     def _see_all(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
@@ -97,7 +83,7 @@ class Recorder(TorchDispatchMode):
         self._see_all(out)
         extra = self.workspace(func, args, out) if self.workspace is not None else 0
         if extra:
-            space = Storage(self.ledger, extra, "")
+            space = Storage(self.ledger, extra, "workspaces")
             del space
         return out
 
@@ -128,29 +114,13 @@ def workspace_bytes(func: Any, args: Any, out: Any) -> int:
     return 0
 
 
-def trace(step: Step, steps: int = 2) -> Traced:
-    """Run `steps` optimizer steps of `step` on meta for a CUDA card and return what they allocated.
+# -- the model's place in memory, and its phases -------------------------------------------------------
 
-    Raises ImportError where transformers, peft, trl or bitsandbytes is needed and missing.
-    """
-    # What loading does to the allocator is not traced (from_pretrained needs a checkpoint): the walk has it.
-    loading = load_events(step)
-    recorder = Recorder(step.round_to, workspace_bytes)
-    model = build(step)
-    for tensor in (*model.parameters(), *model.buffers()):
-        for part in (tensor, *_quant_parts(tensor)):
-            recorder.see(part)
-    ledger = recorder.ledger
-    ledger.events = [(-ident, nbytes) for ident, nbytes in loading]
-    autocast = Autocast(torch.bfloat16 if step.precision == "bfloat16" else torch.float16) if step.autocast else None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.base_model.register_forward_hook(lambda *_: ledger.enter("loss"))  # all before it is the forward pass
-    with stand_ins(step, autocast), recorder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _run(step, model, recorder, autocast, steps)
-    ledger.enter("end")
-    phases = {k: v for k, v in ledger.phases.items() if k != "end"}
-    return Traced(phases, list(ledger.events))  # the model is released after this, which is no part of it
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """transformers' order of a checkpoint's keys: numbers as numbers."""
+    parts = name.removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
 
 
 def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
@@ -163,15 +133,135 @@ def _quant_parts(tensor: Any) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
+def _place(step: Step, model: Any, recorder: Recorder) -> list[Storage]:
+    """Book the model's tensors as loading, and what follows it, would. Returns what has to be held for it."""
+    ledger = recorder.ledger
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    named = [(name, p) for name, p in model.named_parameters() if "lora_" not in name]
+    named.sort(key=lambda item: _natural(item[0]))
+    weights = []
+    for _, parameter in named:
+        state = getattr(parameter, "quant_state", None)
+        weights.append(Weight(parameter.numel() if state is None else state.shape.numel(), state is not None))
+    loaded = load(ledger, step, weights)
+    packed: list[Storage] = []
+    for (_, parameter), weight in zip(named, weights, strict=True):
+        held = loaded.pop(0)
+        if weight.quantized:
+            packed += held
+            for part in (parameter, *_quant_parts(parameter)):
+                recorder.adopt(part, None)
+            continue
+        nbytes = parameter.numel() * parameter.element_size()
+        if ledger.rounded(nbytes) != held[0].nbytes:  # cast since
+            held = [Storage(ledger, nbytes, "weights")]
+        recorder.adopt(parameter, held[0])
+    for tensors, component in ((model.buffers(), "weights"), (adapters, "adapters")):
+        with ledger.booked_as(component):
+            for tensor in tensors:
+                recorder.see(tensor)
+    return packed
+
+
+def _watch(step: Step, model: Any, recorder: Recorder) -> None:
+    """Hooks that tell the ledger where the step is. Everything before the loss is the forward pass."""
+    ledger = recorder.ledger
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def first(output: Any) -> torch.Tensor:
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def on_gradient(phase: str) -> Callable[..., None]:
+        def enter(_: Any) -> None:
+            ledger.component = "activations"
+            ledger.enter(f"backward:{phase}")
+
+        def forward(module: Any, args: Any, output: Any) -> None:
+            if first(output).requires_grad:
+                first(output).register_hook(enter)
+
+        return forward
+
+    def loss_begins(*_: Any) -> None:
+        ledger.component = "logits and loss"
+        ledger.enter("loss")
+
+    base.base_model.register_forward_hook(loss_begins)
+    base.get_input_embeddings().register_forward_hook(on_gradient("embedding"))
+    lists = [x for x in base.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == step.shape.num_hidden_layers]
+    for index, layer in enumerate(lists[0] if lists else ()):
+        layer.register_forward_hook(on_gradient(f"layer{index}"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: recorder.is_gradient(p.grad))
+
+
+# -- the run -----------------------------------------------------------------------------------------
+
+
+def trace(step: Step, steps: int = 2) -> Ledger:
+    """Run `steps` optimizer steps of `step` on meta; what they allocate on the step's device. As `walk.walk`, but a
+    single step finds the optimizer's state in place: the peaks of two in half the time, not their allocations' order.
+
+    Raises ImportError where transformers, peft, trl or bitsandbytes is needed and missing, and UserError for a model
+    whose code does not run without values.
+    """
+    try:
+        return _trace(step, steps)
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # of other people's code, on a device that it does not know
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{step.shape.name}: the planner cannot follow a training step of model_type {step.shape.model_type!r} "
+            f"({type(error).__name__}: {why})"
+        ) from error
+
+
+def _trace(step: Step, steps: int) -> Ledger:
+    recorder = Recorder(step.round_to, workspace_bytes if step.device == "cuda" else None)
+    ledger = recorder.ledger
+    model = build(step)
+    packed = _place(step, model, recorder)
+    ledger.enter("loaded")
+    _watch(step, model, recorder)
+    autocast = Autocast(dtype_of(step)) if step.autocast else None
+    with stand_ins(step, autocast, model), recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _run(step, model, recorder, autocast, steps)
+    ledger.enter("end")
+    del packed
+    done = copy(ledger)  # the model is released after this, which is no part of it
+    done.events = list(ledger.events or ())
+    return done
+
+
 def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, steps: int) -> None:
     ledger, optimizer = recorder.ledger, OPTIMIZERS[step.optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     state: list[torch.Tensor] = []
+    workspaces: list[Storage] = []
+
+    def workspace() -> None:
+        """cuBLAS takes one per thread: the forward pass's and the backward pass's."""
+        if step.cublas_workspace and len(workspaces) < 2:
+            workspaces.append(Storage(ledger, step.cublas_workspace, "workspaces"))
+
+    def make_state() -> None:
+        with ledger.booked_as("optimizer state"):
+            state.extend(_bytes(size) for p in trained for size in optimizer.tensors(p.numel()))
+
+    if steps == 1:
+        make_state()
+        if step.accumulation > 1:
+            with ledger.booked_as("gradients"):
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
     for index in range(steps):
+        ledger.component = "activations"
         ids, mask, labels = (torch.empty((step.batch, step.seq), dtype=torch.int64, device="meta") for _ in range(3))
         ledger.enter("forward")
-        if index == 0:
-            recorder.hold(step.cublas_workspace)
+        workspace()
         with autocast.active() if autocast else nullcontext():
             output = _tiled_loss(model, ids, labels) if step.chunked_loss else model(input_ids=ids, labels=labels)
         if step.upcast_outputs and not step.chunked_loss:
@@ -179,17 +269,17 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         loss = output["loss"]
         if not step.keep_outputs:
             del output
-        ledger.enter("backward")
-        if index == 0:
-            recorder.hold(step.cublas_workspace)
+        ledger.enter("backward:head")
+        workspace()
         loss.backward()
-        output = None
         del loss, ids, mask, labels
         ledger.enter("optimizer")
         if not state:
-            state = [_bytes(size) for p in trained for size in optimizer.tensors(p.numel())]
-        held = [_bytes(p.numel() * optimizer.transient) for p in trained if optimizer.transient]
-        del held
+            make_state()
+        with ledger.booked_as("workspaces"):
+            held = [_bytes(p.numel() * optimizer.transient) for p in trained if optimizer.transient]
+            del held
+        output = None
         if not step.keeps_gradients(index, steps):
             for parameter in trained:
                 parameter.grad = None
@@ -233,21 +323,12 @@ def _bytes(n: int) -> torch.Tensor:
     return torch.empty(n, dtype=torch.uint8, device="meta")
 
 
-def trace_peaks(step: Step) -> dict[str, int]:
-    """Peak allocated by phase, from traces of three and four layers (bytes): exact, and seconds faster."""
-    layers = step.shape.num_hidden_layers
-    if layers <= 4:
-        return trace(step).phases
-    three, four = (trace(replace(step, shape=step.shape.with_layers(n))).phases for n in (3, 4))
-    return {name: low + (layers - 3) * (four[name] - low) for name, low in three.items()}
-
-
 def verify(step: Step) -> dict[str, int]:
     """The whole model traced and replayed: allocated, reserved and the least that survives, bytes."""
-    traced = trace(step)
-    replayed = replay(traced.events)
+    events = trace(step).events or []
+    replayed = replay(events)
     return {
         "allocated_bytes": replayed.allocated,
         "reserved_bytes": replayed.reserved,
-        "smallest_pool_bytes": smallest_pool(traced.events),
+        "smallest_pool_bytes": smallest_pool(events),
     }

@@ -4,6 +4,7 @@ peft's LoRA, bitsandbytes' 4-bit layers, TRL's SFTTrainer.
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -11,10 +12,11 @@ from cruxy_triton.planner import attention as kernels
 from cruxy_triton.planner import operations as ops
 from cruxy_triton.planner.autograd import Parameter, Tape, Tensor, backward, checkpoint, operation
 from cruxy_triton.planner.ledger import Storage
+from cruxy_triton.planner.loading import Weight, load
 from cruxy_triton.planner.losses import stock_loss, tiled_loss
 from cruxy_triton.planner.optimizers import OPTIMIZERS
+from cruxy_triton.planner.shape import Linear
 from cruxy_triton.planner.step import BYTES, Step
-from cruxy_triton.planner.workspaces import NF4_BLOCK, NF4_NESTED_BLOCK
 
 Position = tuple[Tensor, Tensor]  # cos and sin of the rotary embedding
 
@@ -25,7 +27,6 @@ class _Layer:
 
     linears: dict[str, Parameter | ops.Linear4bit]
     norms: list[Parameter]
-    biases: list[Parameter]
     loras: dict[str, ops.Lora] = field(default_factory=dict)
 
 
@@ -53,57 +54,57 @@ class _Model:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def _weight(self, n: int) -> Parameter:
-        parameter = self.tape.parameter(n, BYTES[self.step.precision], "weights", self.full)
-        self.plain.append(parameter)
-        if self.full:
-            self.trained.append(parameter)
-        return parameter
-
-    def _linear_4bit(self, rows: int, cols: int) -> ops.Linear4bit:
-        """from_pretrained puts the weight on the device in 16 bits and quantizes it there."""
-        nested, n = self.step.double_quant, rows * cols
-        blocks = -(-n // NF4_BLOCK)
-        whole = self.tape.buffer(2 * n, "weights")
-        # absmax in 8 bits, its own absmax, the offset and the second code book; or absmax; then the code book
-        scales = [blocks, -(-blocks // NF4_NESTED_BLOCK) * 4, 4, 256 * 4] if nested else [blocks * 4]
-        codes = [self.tape.buffer(-(-n // 2), "weights")]
-        codes += [self.tape.buffer(nbytes, "quantization") for nbytes in (*scales, 16 * 4)]
-        del whole
-        return ops.Linear4bit(codes, rows, cols, nested)
-
     def _load(self) -> None:
-        step, shape, tape = self.step, self.shape, self.tape
-        if step.warmup:
-            width = 0.5 if step.precision == "nf4" else BYTES[step.precision]
-            inner = shape.num_hidden_layers * sum(x.weight for x in shape.linears())
-            outer = shape.parameters - inner
-            whole = tape.buffer(int(inner * width) + outer * BYTES[step.precision], "weights")
-            del whole
-        # from_pretrained fills a model in the natural order of its keys: lm_head, embed_tokens, layers, norm; in a
-        # layer, norms aside, mlp before self_attn and each by name
-        table = shape.vocab_size * shape.hidden_size
-        head = None if shape.tie_word_embeddings else self._weight(table)
-        self.embedding = self._weight(table)
-        self.head = head or self.embedding
-        specs = sorted(shape.linears(), key=lambda x: (x.name in shape.family.names[:4], x.name))
+        step, shape = self.step, self.shape
+        table, quantized = shape.vocab_size * shape.hidden_size, step.precision == "nf4"
+        # the natural order of the keys: lm_head, embed_tokens, layers, norm; and within a layer
+        final = [Weight(shape.hidden_size)] * (2 if shape.family.norm == "layer" else 1)
+        norms = shape.norms()
+        block = {key: Weight(n) for key, n in norms.items()}
+        specs = {}
+        for index, spec in enumerate(shape.linears()):
+            key = f"{'self_attn' if index < 4 else 'mlp'}.{spec.name}."
+            specs[key + "weight"] = spec
+            block[key + "weight"] = Weight(spec.weight, quantized)
+            if spec.bias:
+                block[key + "bias"] = Weight(spec.rows)
+        block = dict(sorted(block.items(), key=lambda item: item[0].split(".")))
+        head = [] if shape.tie_word_embeddings else [Weight(table)]
+        last = [*final, *([Weight(shape.vocab_size)] if shape.family.head_bias else [])]
+        weights = [*head, Weight(table), *list(block.values()) * shape.num_hidden_layers, *last]
+        loaded = deque(zip(weights, load(self.tape, step, weights), strict=True))
+
+        def plain() -> Parameter:
+            weight, held = loaded.popleft()
+            parameter = Parameter(held[0], weight.n, BYTES[step.precision], self.full)
+            self.plain.append(parameter)
+            return parameter
+
+        def linear(spec: Linear) -> Parameter | ops.Linear4bit:
+            if not quantized:
+                return plain()
+            return ops.Linear4bit(loaded.popleft()[1], spec.rows, spec.cols, step.double_quant)
+
+        output = [plain() for _ in head]
+        self.embedding = plain()
+        self.head = output[0] if output else self.embedding
         self.layers: list[_Layer] = []
         for _ in range(shape.num_hidden_layers):
-            layer = _Layer({}, [], [])
-            for spec in specs:
-                if spec.bias:
-                    layer.biases.append(self._weight(spec.rows))
-                quantized = step.precision == "nf4"
-                weight = self._linear_4bit(spec.rows, spec.cols) if quantized else self._weight(spec.weight)
-                layer.linears[spec.name] = weight
-            layer.norms += [self._weight(n) for n in shape.norms()]
+            layer = _Layer({}, [])
+            found = {}
+            for key in block:
+                if key in specs:
+                    layer.linears[specs[key].name] = linear(specs[key])
+                else:
+                    found[key] = plain()
+            layer.norms += [found[key] for key in norms]
             self.layers.append(layer)
-        self.final = [self._weight(shape.hidden_size) for _ in range(2 if shape.family.norm == "layer" else 1)]
-        if shape.family.head_bias:
-            self.final.append(self._weight(shape.vocab_size))
+        self.final = [plain() for _ in last]
+        if self.full:
+            self.trained = list(self.plain)
         if step.kbit_prepared:
-            for parameter in self.plain:
-                parameter.storage, parameter.b = Storage(tape, 4 * parameter.n, "weights"), 4
+            for parameter in (*self.plain[len(output) :], *output):
+                parameter.storage, parameter.b = Storage(self.tape, 4 * parameter.n, "weights"), 4
 
     def _adapt(self) -> None:
         step = self.step
@@ -188,7 +189,8 @@ class _Model:
         x = self._norm(x, tokens, next(norms))
         if family.parallel:
             attended, weights = self._attention(layer, x, position)
-            fed = self._mlp(layer, x)
+            attended = ops.dropout(tape, attended, self.shape.resid_pdrop)
+            fed = ops.dropout(tape, self._mlp(layer, x), self.shape.resid_pdrop)
             return ops.add(tape, ops.add(tape, attended, fed), residual)
         x, weights = self._attention(layer, x, position)  # `weights` lives to the end of the block, as in transformers
         if family.sandwich:
@@ -256,8 +258,8 @@ class _Run:
         if self.step.cublas_workspace and len(self.workspaces) <= index:
             self.workspaces.append(self.tape.buffer(self.step.cublas_workspace, "workspaces"))
 
-    def micro_step(self) -> None:
-        """Forward, loss and backward of one batch."""
+    def micro_step(self) -> Tensor | None:
+        """Forward, loss and backward of one batch. Returns the logits where they are kept."""
         tape, step, head = self.tape, self.step, self.model.head
         inputs = [tape.new(step.tokens, 8, "activations") for _ in range(3)]  # ids, attention mask, labels
         tape.enter("forward")
@@ -275,7 +277,8 @@ class _Run:
         tape.enter("backward:head")
         self._workspace(1)
         backward(tape, loss)
-        del loss, logits, inputs
+        del inputs
+        return logits
 
     def optimizer_step(self, keep_gradients: bool) -> None:
         tape, optimizer, trained = self.tape, OPTIMIZERS[self.step.optimizer], self.model.trained
@@ -295,16 +298,8 @@ def walk(step: Step, steps: int = 2, record: bool = False) -> Tape:
     run = _Run(step, tape)
     tape.enter("loaded")
     for index in range(steps):
-        run.micro_step()
+        logits = run.micro_step()
         run.optimizer_step(step.keeps_gradients(index, steps))
+        del logits
     tape.enter("end")
     return tape
-
-
-def load_events(step: Step) -> list[tuple[int, int]]:
-    """The allocations of loading alone: quantization's temporaries included, everything left in place."""
-    tape = Tape(step.round_to, record=True)
-    model = _Model(step, tape)
-    events = list(tape.events or ())
-    del model
-    return events

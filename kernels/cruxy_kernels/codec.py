@@ -108,6 +108,8 @@ class Codec:
                 f"{codes.numel()} codes need scales of shape ({count},), got {tuple(scales.shape)}: codes and scales "
                 "must come from the same quantize_blockwise call"
             )
+        if scales.device != codes.device:
+            raise ValueError(f"scales are on {scales.device} and codes on {codes.device}; move one to the other")
 
 
 if HAS_TRITON:

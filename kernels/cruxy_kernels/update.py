@@ -68,9 +68,9 @@ if HAS_TRITON:
         LINES: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
         local = tl.arange(0, LINES)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
-        g = load_values(tl.load(entry + T.GRAD), start, local, remaining, GRAD_TYPE, MASKED) * factor
         p = load_values(tl.load(entry + T.PARAM), start, local, remaining, PARAM_TYPE, MASKED)
+        g = load_values(tl.load(entry + T.GRAD), start, local, remaining, GRAD_TYPE, MASKED) * factor
+        m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
         if STATES == 1:
             p, m = RULE(p, g, m, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS)
             store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
@@ -80,9 +80,10 @@ if HAS_TRITON:
             p, m, v = RULE(
                 p, g, m, v, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS
             )
-            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
+            # The states first (and the parameters loaded first): one order that needs no more than 64 registers.
             store_state(entry, 0, start, local, remaining, m, STATE_TYPE, STORE, LINES, MASKED)
             store_state(entry, 1, start, local, remaining, v, STATE_TYPE, STORE, LINES, MASKED)
+            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
 
     @triton.jit
     def update_kernel(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cruxy_kernels import codec_reference
+from cruxy_kernels import dequantize_blockwise, quantize_blockwise
+from cruxy_kernels.codec import BLOCK, SHARPNESS
 from cruxy_triton.bench import census, codec, rounding, step
 from cruxy_triton.cli import main
 from cruxy_triton.errors import UserError
@@ -38,23 +39,23 @@ def test_codec_table_and_the_choice(recorded):
     rows, source = codec.table(recorded, (0.9, 0.99))
     assert source == "synthetic"
     by_key = {(row["name"], row["block"], row["scale"]): row for row in rows}
-    ours = by_key[f"softsign k={codec_reference.SHARPNESS}", codec_reference.BLOCK, "bf16"]
-    assert ours["state_bytes_a_parameter"] <= 1.04
+    ours = by_key[f"softsign k={SHARPNESS}", BLOCK, "bf16"]
+    assert ours["state_bytes_per_parameter"] <= 1.04
     flash = by_key["softsign k=1 (FlashOptim)", 32, "fp16"]
     assert ours["flips"] < flash["flips"]
-    assert ours["state_bytes_a_parameter"] < flash["state_bytes_a_parameter"]
+    assert ours["state_bytes_per_parameter"] < flash["state_bytes_per_parameter"]
     for row in rows:
-        if row["name"] == "bitsandbytes dynamic map" and row["state_bytes_a_parameter"] >= 1.03:
+        if row["name"] == "bitsandbytes dynamic map" and row["state_bytes_per_parameter"] >= 1.03:
             assert ours["flips"] < row["flips"]
     assert {block for _, block, _ in by_key} == {32, 64, 128, 256}
 
 
 def test_the_candidate_is_the_codec_that_is_used():
     """The row of our own softsign, 64, bf16 is what quantize_blockwise stores."""
-    ours = (f"softsign k={codec_reference.SHARPNESS}", codec_reference.BLOCK, "bf16")
+    ours = (f"softsign k={SHARPNESS}", BLOCK, "bf16")
     candidate = next(c for c in codec.candidates() if (c.name, c.block, c.scale) == ours)
     m = torch.randn(6400) * torch.exp(torch.randn(6400))
-    stored = codec_reference.dequantize_blockwise(*codec_reference.quantize_blockwise(m))
+    stored = dequantize_blockwise(*quantize_blockwise(m))
     torch.testing.assert_close(candidate.round_trip(m), stored, rtol=1e-5, atol=1e-7)
 
 
@@ -83,7 +84,7 @@ def test_rounding_table():
         assert kept["drift_lr_1e-6"] == pytest.approx(1, abs=0.02)
         assert lost["drift_lr_1e-6"] < 0.3
         assert kept["regression_over_fp32"] <= lost["regression_over_fp32"]
-    assert rows["bf16", "compensation byte"]["state_bytes_a_parameter"] == 1
+    assert rows["bf16", "compensation byte"]["state_bytes_per_parameter"] == 1
 
 
 def test_step_on_a_small_census(monkeypatch, capsys):
@@ -96,7 +97,7 @@ def test_step_on_a_small_census(monkeypatch, capsys):
         assert row["median_ms"] > 0
         assert row["times torch AdamW fused"] > 0
     assert main(["bench", "step", "--census", "tiny", "--rounds", "1", "--only", "fused", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["state_bytes_a_parameter"] == pytest.approx(8, abs=0.1)
+    assert json.loads(capsys.readouterr().out)["rows"][0]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ GOOD = '{"prompt": "P", "completion": "C"}\n'
         ("{}\n", "found none"),
         (GOOD + '{"text": "T"}\n', "line 2 holds a text record, but"),
         ('{"prompt": "P", "completion": 3}\n', "field 'completion' is a JSON number"),
+        ('{"prompt": "P", "completion": {"text": "C"}}\n', "field 'completion' is a JSON object"),
         ('{"prompt": "P", "completion": ""}\n' * 3, "all 3 records have an empty answer"),
         (GOOD, "only 1 usable record"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
@@ -296,7 +297,7 @@ def test_what_is_not_used_is_said(rows: list, says: str | None, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", ["prompt", "chat", "text", "merging"])
-def test_tokens_are_those_that_trl_would_make(form: str, small_model, tmp_path: Path) -> None:
+def test_tokens_are_those_that_trl_would_make(form: str, small_model, tmp_path: Path, monkeypatch) -> None:
     """TRL's own preparation of the same records is the oracle: input ids, labels, cutting and leaving out."""
     import datasets
     from transformers import AutoTokenizer
@@ -314,6 +315,7 @@ def test_tokens_are_those_that_trl_would_make(form: str, small_model, tmp_path: 
         "merging": [{"prompt": "the arg", "completion": "ument"}, {"prompt": "a", "completion": "rgument<|end|>"}] * 3,
     }[form]  # fmt: skip
     records = read(write(tmp_path, rows), chat=True).train
+    monkeypatch.setattr(data, "TOKENIZED_AT_ONCE", 7)
     found, cut = data.fit(data.tokenize(records, tokenizer), 24 if form != "text" else 10_000)
 
     kind = "text" if form == "text" else "completion"
@@ -322,8 +324,8 @@ def test_tokens_are_those_that_trl_would_make(form: str, small_model, tmp_path: 
     oracle = SFTTrainer._prepare_dataset(
         trainer, datasets.Dataset.from_list(records), tokenizer, arguments, False, None, "train"
     )
-    assert [row["input_ids"] for row in found] == list(oracle["input_ids"])
-    assert [row["labels"] for row in found] == list(oracle["labels"])
+    assert [row["input_ids"].tolist() for row in found] == list(oracle["input_ids"])
+    assert [row["labels"].tolist() for row in found] == list(oracle["labels"])
     if form in ("prompt", "chat"):
         assert 0 < cut <= len(found) < len(records)
 

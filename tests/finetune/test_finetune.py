@@ -81,7 +81,7 @@ def test_adapter_loads_with_plain_peft_and_gives_the_same_loss(
     before = stock_loss(base, tokenizer, found.held_out, 128)
     loaded = PeftModel.from_pretrained(base, command.folder / "run" / "adapter").train()
     after = stock_loss(loaded, tokenizer, found.held_out, 128)
-    # float32 sums in another order and batch; in 4-bit the same dequantised weights are used on both sides
+    # float32 sums in another order and batch; in 4-bit the same dequantized weights are used on both sides
     assert before == pytest.approx(result["before"]["loss"], rel=1e-5)
     assert after == pytest.approx(result["after"]["loss"], rel=1e-5)
 
@@ -117,6 +117,9 @@ def test_everything_that_is_promised_is_written(small_model, questions: Path, co
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert f"{summary['after']['loss']:.4f}" in report
     assert "plot.png" in report
+    used = sum(row["lr_used"] for row in steps) / sum(row["lr"] for row in steps)
+    assert 0.45 < used < 0.55
+    assert f"learning rate 0.0004 (linear, warm-up 0.03), of which control used {used:.0%}" in report
     assert "phase" in done.stderr, "progress goes to standard error, so that --json stays clean"
 
 

@@ -140,7 +140,7 @@ def test_a_mixture_of_experts_trains_and_its_held_out_loss_is_the_language_model
     total, tokens = 0.0, 0
     rows, _ = data.fit(data.tokenize(found.held_out, AutoTokenizer.from_pretrained(folder)), 64)
     for row in rows:
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        ids, labels = (torch.from_numpy(row[name]).long()[None] for name in ("input_ids", "labels"))
         count = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * count
@@ -210,6 +210,7 @@ def test_several_processes_are_refused(name: str, train, tmp_path: Path, monkeyp
     [
         ("bert", {}, r"\(bert\) is no causal language model: what it says of a token changes with the tokens after it"),
         ("rwkv", {"load_in_4bit": True}, r"\(rwkv\) cannot be trained here in 4 bits: running four tokens"),
+        ("mamba", {"target_modules": ["in_proj", "lm_head"]}, "in_proj lm_head takes in the output layer"),
         ("mamba", {"target_modules": ["banana"]}, "its linear layers are dt_proj, in_proj, out_proj, x_proj"),
     ],
 )
@@ -444,3 +445,38 @@ def test_what_the_report_says_is_what_was_computed(train, tmp_path: Path) -> Non
         f"{found['records']['trained_tokens']:,} of them trained on",
     ):  # fmt: skip
         assert words in report, words
+
+
+def test_what_a_length_and_a_budget_cost_is_said(train, tmp_path: Path) -> None:
+    long, short = ({"prompt": "long " * n, "completion": " short"} for n in (700, 3))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [long, short, short, short] * 6))
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [long, long, short] * 2))
+    files = {"data": str(tmp_path / "d.jsonl"), "eval_data": str(tmp_path / "e.jsonl")}
+    result, said = train(**files, vram_bytes=1 << 30)
+    assert "warning: 6 of 24 training records are left out: their prompt alone fills the 64 tokens" in said
+    assert "warning: 4 of 6 held-out records are left out: their prompt alone fills the 64 tokens" in said
+    assert "evaluating on 2 held-out sequences before training" in said
+    assert result.before["sequences"] == 2
+    assert any("on a CPU nothing keeps the process to it" in line for line in said)
+
+    (tmp_path / "e.jsonl").write_text((json.dumps(long) + "\n") * 3)
+    with pytest.raises(UserError, match="in any held-out record; give a larger one"):
+        train(**files, output="other")
+    with pytest.raises(UserError, match="in any held-out record; shorten the prompts, the model takes no more"):
+        train(**files, output="other", max_seq_length=512)
+
+
+@pytest.mark.parametrize("name", ["held_out", "training_step"])
+def test_running_out_of_memory_is_a_sentence(name: str, train, tmp_path: Path, monkeypatch) -> None:
+    from cruxy_triton.finetune import train as train_module
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(train_module.Trainer, name, full)
+    when, how = ("before training", "again,") if name == "held_out" else ("at step 1", "again with --resume,")
+    with pytest.raises(run.TrainingFailed, match=rf"out of memory {when} \(the plan said .*\): close other.*{how}"):
+        train()
+    assert (tmp_path / "run").exists() == (name == "training_step")
+    if name == "training_step":
+        assert record(tmp_path / "run")["status"] == "out of memory"

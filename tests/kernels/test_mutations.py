@@ -1,4 +1,4 @@
-"""Do the tests notice? Each mutation is made in a copy of the package, and the tests of device/ run against it."""
+"""Do the tests notice? Each mutation is made in a copy of the package, and the tests of the kernels run against it."""
 
 import os
 import shutil
@@ -11,80 +11,115 @@ import torch
 
 import cruxy_kernels
 
-DEVICE = Path(__file__).parent / "device"
-LION = "test_updates.py::test_lion_sizes"
-TELEMETRY = "test_telemetry.py::test_sizes"
+HERE = Path(__file__).parent
+FORMULA = "test_rules.py::test_flags_rows_multipliers_and_sign"
+GUARDS = "test_rules.py::test_neighbours_of_a_view_keep_their_bits"
+STORAGE = "test_rules.py::test_dtypes_and_storage"
+REFUSALS = "test_arguments.py::test_updates_refuse"
 
 # name: (file, what stands there, what is put there instead, tests that have to fail)
 MUTATIONS = {
-    "flipped sign": ("lion.py", "p * keep - step_size * sign", "p * keep + step_size * sign", [f"{LION}[129]"]),
+    "flipped sign": ("rules/lion.py", "- lr * multiplier * sign", "+ lr * multiplier * sign", [FORMULA]),
     "no mask on loads": (
-        "tables.py",
+        "storage.py",
         "mask=local < remaining, other=0)",
         "mask=local < BLOCK_END, other=0)",
-        [f"{TELEMETRY}[127-torch.float32]"],
+        ["test_telemetry.py::test_sizes"],
     ),
-    "no mask on stores": (
-        "tables.py",
-        "values, mask=local < remaining)",
-        "values, mask=local < BLOCK_END)",
-        ["test_updates.py::test_neighbours_of_a_view_keep_their_bits"],
-    ),
+    "no mask on stores": ("storage.py", "values, mask=local < remaining)", "values, mask=local < BLOCK_END)", [GUARDS]),
     "two columns swapped": (
         "tables.py",
-        "PARAM = tl.constexpr(0)\nGRAD = tl.constexpr(1)",
-        "PARAM = tl.constexpr(1)\nGRAD = tl.constexpr(0)",
-        ["test_tables.py::test_rows_are_where_kernels_look"],
+        "PARAM, GRAD = 0, 1",
+        "PARAM, GRAD = 1, 0",
+        ["test_triton_tables.py::test_entries_are_where_kernels_look"],
+    ),
+    "NaN rounded away": (
+        "storage.py",
+        "tl.where(magnitude < 0x7F800000, nearest, special)",
+        "nearest",
+        ["test_triton_rounding.py::test_nearest_is_the_processors"],
+    ),
+    "lengths unchecked": (
+        "backends/dispatch.py",
+        "if grads[i].shape != p.shape or grads[i].device != p.device:",
+        "if False:",
+        [f"{REFUSALS}[triton-cpu-adamw-a shorter gradient]"],
     ),
 }
 MORE = {
-    "beta1 for beta2": ("lion.py", "m = beta2 * m + (1 - beta2) * g", "m = beta1 * m + (1 - beta1) * g", [LION]),
+    "beta1 for beta2": ("rules/lion.py", "m = beta2 * m + (1 - beta2)", "m = beta1 * m + (1 - beta1)", [FORMULA]),
+    "no decay": ("rules/adamw.py", "keep = 1 - lr * weight_decay", "keep = 1.0", [FORMULA]),
     "skip ignored": (
-        "lion.py",
-        "if tl.load(slots + SKIP) == 0:",
-        "if tl.load(slots + SKIP) >= 0:",
-        ["test_updates.py::test_skip_changes_no_bit"],
+        "update.py",
+        "if tl.load(slots + L.SKIP) == 0:",
+        "if tl.load(slots + L.SKIP) >= 0:",
+        ["test_rules.py::test_skip_changes_no_bit"],
     ),
-    "clip ignored": ("lion.py", "factor = tl.load(slots + CLIP_COEF)", "factor = 1.0", [f"{LION}[129]"]),
-    "first row for all": (
-        "lion.py",
-        "tl.load(row + GROUP) * NUM_SLOTS",
-        "tl.load(row + GROUP) * 0",
-        ["test_updates.py::test_lion_several_rows_multipliers_scale_and_ascent"],
-    ),
+    "factor ignored": ("update.py", "factor = tl.load(slots + L.GRAD_FACTOR)", "factor = 1.0", [FORMULA]),
+    "first row for all": ("update.py", "tl.load(entry + T.ROW) * L.NUM_SLOTS", "tl.load(entry + T.ROW) * 0", [FORMULA]),
+    "place for id": ("update.py", "tl.load(entry + T.ID)", "tl.load(entry + T.INDEX)", [STORAGE]),
+    "one seed for all": ("update.py", "tl.load(slots + L.SEED).to(tl.int32)", "tl.load(slots).to(tl.int32)", [STORAGE]),
+    "first state twice": ("update.py", "m = load_state(entry, 0,", "m = load_state(entry, STATES - 1,", [FORMULA]),
     "32-bit offsets": (
-        "telemetry.py",
-        "tl.load(block_chunk + block).to(tl.int64) * (ROWS * 8)",
-        "(tl.load(block_chunk + block) * (ROWS * 8)).to(tl.int64)",
-        ["test_telemetry.py::test_element_offsets_have_64_bits"],
+        "laws/telemetry.py",
+        "tl.load(chunk_index + chunk).to(tl.int64) * (LINES * 8)",
+        "(tl.load(chunk_index + chunk) * (LINES * 8)).to(tl.int64)",
+        ["test_triton_telemetry.py::test_element_offsets_have_64_bits"],
     ),
     "NaN in the sums": (
-        "telemetry.py",
+        "laws/telemetry.py",
         "a = tl.where(finite, tl.abs(g), 0.0)",
         "a = tl.abs(g)",
         ["test_telemetry.py::test_non_finite_elements_are_counted_and_left_out"],
     ),
     "scale not rounded to even": (
         "codec.py",
-        "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
-        "bits >> 16",
-        ["test_codec.py::test_kernel_equals_twin"],
+        "(largest + 0x7FFF + ((largest >> 16) & 1)) >> 16",
+        "largest >> 16",
+        ["test_codecs.py::test_codes_are_those_of_the_formula"],
+    ),
+    "codec that overflows": (
+        "codec.py",
+        "quotient * (0.125 * (1 + _SHARPNESS) * _LEVELS) + 0.5",
+        "(magnitude * (0.125 * (1 + _SHARPNESS) * _LEVELS)) / (scale * 0.125 + magnitude * (0.125 * _SHARPNESS)) + 0.5",
+        ["test_codecs.py::test_the_end_of_the_range"],
     ),
     "rounding always down": (
         "rounding.py",
-        "(magnitude + (random & 0xFFFF)) >> 16",
-        "magnitude >> 16",
-        ["test_codec.py::test_rounding_is_right_on_average"],
+        "tl.minimum((magnitude + (random & 0xFFFF)) >> 16, 0x7F7F)",
+        "tl.minimum(magnitude >> 16, 0x7F7F)",
+        ["test_triton_rounding.py::test_right_on_average"],
+    ),
+    "NaN made infinite": (
+        "rounding.py",
+        "tl.where(magnitude > 0x7F800000, 0x40, 0)",
+        "0",
+        ["test_triton_rounding.py::test_any_bit_pattern"],
     ),
     "slow EMA with the fast one's alpha": (
-        "control.py",
+        "laws/control.py",
         "v_slow = L.ALPHA_SLOW * v_slow + (1 - L.ALPHA_SLOW) * sigma",
         "v_slow = L.ALPHA_FAST * v_slow + (1 - L.ALPHA_FAST) * sigma",
         ["test_control.py::test_sixty_steps"],
     ),
-    "history one place off": ("control.py", "slots + L.FAST_HISTORY + k - 1", "slots + L.FAST_HISTORY + k",
+    "history one place off": ("laws/control.py", "slots + L.FAST_HISTORY + k - 1", "slots + L.FAST_HISTORY + k",
                               ["test_control.py::test_sixty_steps"]),
-    "no decay": ("adamw.py", "keep = 1 - lr * decay", "keep = 1.0", ["test_updates.py::test_adamw"]),
+    "scale left in a maximum": ("laws/control.py", "max_abs = max_abs * inverse", "max_abs = max_abs",
+                                       ["test_control.py::test_it_is_the_law"]),
+    "a captured table lent again": (
+        "tables.py",
+        "self._captured.append(table)",
+        "self._tables[(device, 1, tuple(columns), numels, addresses, numbers)] = table",
+        ["test_triton_tables.py::test_a_table_of_a_captured_graph_is_never_handed_out_again"],
+    ),
+    "copies not written back": ("update.py", "        batch.finish()\n", "",
+                                ["test_rules.py::test_strided_state_and_scales"]),
+    "a captured table's source dropped": (
+        "tables.py",
+        "self.sources.append(source)",
+        "pass",
+        ["test_triton_tables.py::test_what_a_captured_graph_copies_from_stays"],
+    ),
 }  # fmt: skip
 
 
@@ -118,8 +153,8 @@ def survives(tmp_path: Path, file: str, old: str, new: str, tests: list[str]) ->
     package = mutate(tmp_path, file, old, new)
     result = run(
         tmp_path, package, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow",
-        "--rootdir", str(DEVICE.parents[2]), "-c", str(DEVICE.parents[2] / "pyproject.toml"),
-        *[str(DEVICE / test) for test in tests], interpret=not torch.cuda.is_available(),
+        "--rootdir", str(HERE.parents[1]), "-c", str(HERE.parents[1] / "pyproject.toml"),
+        *[str(HERE / test) for test in tests], interpret=not torch.cuda.is_available(),
     )  # fmt: skip
     # 1: a test failed; below 0: the process died of a wild address. Anything else is no verdict.
     assert result.returncode in (0, 1) or result.returncode < 0, result.stdout[-3000:] + result.stderr[-2000:]
@@ -146,8 +181,8 @@ def test_without_a_mutation_they_pass(name, tmp_path):
 
 def test_narrow_loads_are_noticed(tmp_path):
     """Without the promise of alignment every load falls to one element, and `cruxy-triton kernels` says no."""
-    package = mutate(tmp_path, "tables.py", "tl.load(tl.multiple_of(pointer, 16) + start", "tl.load(pointer + start")
-    words = ["kernels", "--arch", "75", "--only", "lion fp16/fp16 momentum int8", "--processes", "1"]
+    package = mutate(tmp_path, "storage.py", "tl.load(tl.multiple_of(pointer, 16) + start", "tl.load(pointer + start")
+    words = ["kernels", "--arch", "75", "--only", "lion fp16/fp16 state int8", "--processes", "1"]
     result = run(tmp_path, package, "-m", "cruxy_triton", *words, interpret=False)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "0 loads of 128 bits in the main path" in result.stdout

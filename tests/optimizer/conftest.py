@@ -1,4 +1,4 @@
-"""Fixtures of the optimizer tests: small models with data, and the seeds' own implementation."""
+"""Fixtures of the optimizer tests: small models with data, and PyPI `cruxy` 2.1.0 to compare with."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -96,7 +96,7 @@ def transformer() -> Callable[[], tuple[nn.Module, Callable[[nn.Module, int], Te
 
 @pytest.fixture
 def sdk() -> Any:
-    """The seeds' own implementation, PyPI `cruxy` 2.1.0."""
+    """PyPI `cruxy` 2.1.0, which implements the published laws."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("cruxy")

@@ -315,12 +315,12 @@ def test_deepcopy_and_pickle_keep_the_public_attributes(case):
         kept["defaults"] = {k: v for k, v in o.defaults.items() if k != "differentiable"}
         return kept
 
-    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert same(public(twin), public(optimizer))
-        own = [p for g in twin.param_groups for p in g["params"]]
-        twin.step(closure_for(twin, own))  # and it steps, through the profiler's hook again
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert same(public(copied), public(optimizer))
+        own = [p for g in copied.param_groups for p in g["params"]]
+        copied.step(closure_for(copied, own))  # and it steps, through the profiler's hook again
         optimizer_state = optimizer.state_dict()["state"][0]["step"]
-        assert twin.state_dict()["state"][0]["step"] == optimizer_state + 1
+        assert copied.state_dict()["state"][0]["step"] == optimizer_state + 1
 
 
 # -- hooks ---------------------------------------------------------------------------------------------------

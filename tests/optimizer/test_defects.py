@@ -1,4 +1,4 @@
-"""The defects of the seeds' implementation, each as a scene that it fails and ours passes.
+"""The defects of PyPI `cruxy` 2.1.0, each as a scene that it fails and ours passes.
 
 Every scene takes an optimizer class; one test asserts it for ours, one asserts that the SDK (PyPI `cruxy`
 2.1.0) breaks it. If a scene no longer tells the two apart, the second test says so.

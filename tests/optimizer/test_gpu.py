@@ -1,4 +1,4 @@
-"""The optimizer on a CUDA device: no synchronisation in a step, CUDA graphs, the CPU's trajectory."""
+"""The optimizer on a CUDA device: no synchronization in a step, CUDA graphs, the CPU's trajectory."""
 
 import math
 
@@ -35,7 +35,7 @@ def gradients(params, step):
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_synchronisation(name, dtype):
+def test_no_synchronization(name, dtype):
     params = parameters("cuda", dtype)
     optimizer = CruxyOptimizer(params, **SETTINGS[name])
     loss = torch.tensor(1.0, device="cuda")

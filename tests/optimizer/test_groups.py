@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cruxy_kernels import layout as L
+from cruxy_kernels.backends import native
 from cruxy_triton import CruxyOptimizer
 
 RULES = {"adamw": {}, "lion": {"use_lion": True}, "lion8": {"use_lion": True, "state_bits": 8}}
@@ -231,6 +233,71 @@ def test_a_loss_is_for_one_step():
     optimizer.step()
     assert optimizer.history()[0]["loss"] == 2.0
     assert optimizer.metrics()["loss"] != 2.0
+
+
+# -- many small ones -------------------------------------------------------------------------------------------
+
+needs_native = pytest.mark.skipif(native.library()[0] is None, reason=f"no loops over all rows: {native.library()[1]}")
+
+
+def operators(optimizer, only=None):
+    """Operators that torch dispatches in one step."""
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p) if only is None or any(p is q for q in only) else None
+    with Count() as count:
+        optimizer.step(loss=1.0)
+    return count.number
+
+
+@needs_native
+def test_groups_cost_a_row_each_and_no_operators(settings):
+    """300 groups of one tiny tensor each: what the host does in a warm step does not grow with them."""
+    seen = {}
+    for count in (3, 300):
+        optimizer = CruxyOptimizer([{"params": [p]} for p in tensors(*[(8,)] * count)], backend="native", **settings)
+        seen[count] = [operators(optimizer) for turn in range(10)]
+        assert len(optimizer.control) == count
+    assert seen[300][1:] == seen[3][1:]  # every kind of step, the slow loop's included
+    assert seen[300][0] - seen[3][0] <= 12 * 297, "the first step makes state and rows"
+
+
+@needs_native
+def test_experts_cost_no_operators(settings):
+    """2 of 64 active, other ones each step: once all have joined, a step is that of 2 of 4."""
+    seen = {}
+    for count in (4, 64):
+        experts = tensors(*[(8,)] * count)
+        optimizer = CruxyOptimizer(experts, backend="native", **settings)
+        pairs = count // 2
+        for turn in range(32):
+            step(optimizer, turn, only=experts[turn % pairs * 2 :][:2])
+        assert len(optimizer.control) == (1 if "use_lion" in settings else pairs), "those that joined together share"
+        seen[count] = [operators(optimizer, only=experts[turn % pairs :: pairs]) for turn in range(10)]
+    # With more rows torch itself makes one more, a copy, in the slow loop.
+    assert all(many <= few + 1 for many, few in zip(seen[64], seen[4], strict=True))
+
+
+@needs_native
+def test_joiners_cost_what_they_bring(settings):
+    """200 tensors, one more in each step: a joiner costs its state, and views of the control for all that are there."""
+    params = tensors(*[(8,)] * 200)
+    optimizer = CruxyOptimizer(params, backend="native", **settings)
+    for turn in range(199):
+        step(optimizer, turn, only=params[: turn + 1])
+    joining, *_, warm = [operators(optimizer) for turn in range(4)]
+    assert len(optimizer.control) == (1 if "use_lion" in settings else 200)
+    assert joining <= warm + 3 * 200 + 100
+    alone = CruxyOptimizer(tensors((8,)), backend="native", **settings)
+    assert warm == [operators(alone) for turn in range(9)][-1]
 
 
 # -- two at once -----------------------------------------------------------------------------------------------

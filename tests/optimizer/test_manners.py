@@ -368,12 +368,12 @@ def test_a_compiled_model():
     """The model compiled by torch.compile, the optimizer as it is: the same run."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
-    twin = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
-    twin.load_state_dict(model.state_dict())
+    reference = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+    reference.load_state_dict(model.state_dict())
     compiled = torch.compile(model, backend="aot_eager")
     runs = [
         (compiled, CruxyOptimizer(compiled.parameters(), lr=1e-2)),
-        (twin, CruxyOptimizer(twin.parameters(), lr=1e-2)),
+        (reference, CruxyOptimizer(reference.parameters(), lr=1e-2)),
     ]
     for step in range(5):
         x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
@@ -382,7 +382,7 @@ def test_a_compiled_model():
             loss = m(x).square().mean()
             loss.backward()
             optimizer.step(loss=loss)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 

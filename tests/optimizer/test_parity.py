@@ -1,4 +1,4 @@
-"""The three modes against the seeds' own implementation (PyPI `cruxy` 2.1.0), guard off and bounds wide.
+"""The three modes against PyPI `cruxy` 2.1.0, guard off and bounds wide.
 
 300 steps in float32, three modes, two rules, an MLP and a transformer. Ours keeps its control values in fp32
 and the SDK in Python floats, so the trajectories part by rounding; Lion's sign turns a rounding of a value
@@ -66,13 +66,13 @@ def test_bounds_are_the_only_difference_of_bounded_stability_v2(sdk, train, mlp)
     """The SDK's rate leaves [0.1, 4] x lr here; with our bounds it stops at the edge."""
     (model, loss), (theirs, _) = mlp(), mlp()
     ours = CruxyOptimizer(model.parameters(), mode="stability_v2", lr=1e-3, guard=False)
-    seeds = sdk.CruxyOptimizer(theirs.parameters(), mode="stability_v2", lr=1e-3)
+    published = sdk.CruxyOptimizer(theirs.parameters(), mode="stability_v2", lr=1e-3)
     lowest = 1.0
     for start in range(0, 300, 50):
         train(model, ours, loss, 50, start)
-        train(theirs, seeds, loss, 50, start)
+        train(theirs, published, loss, 50, start)
         lowest = min(lowest, ours.metrics()["lr_scale"])
-    assert seeds.controller.prev_lr < 0.1e-3
+    assert published.controller.prev_lr < 0.1e-3
     assert lowest == pytest.approx(0.1)
 
 
@@ -87,13 +87,13 @@ def test_no_loss_means_no_curvature_and_not_a_loss_of_0(sdk, mlp):
     """Between steps with and without a loss the SDK sees the loss fall to 0; ours sees nothing."""
     (model, loss), (theirs, _) = mlp(), mlp()
     ours = CruxyOptimizer(model.parameters(), bounds=None, guard=False)
-    seeds = sdk.CruxyOptimizer(theirs.parameters())
+    published = sdk.CruxyOptimizer(theirs.parameters())
     for step in range(10):
-        for m, o in ((model, ours), (theirs, seeds)):
+        for m, o in ((model, ours), (theirs, published)):
             o.zero_grad()
             value = loss(m, step)
             value.backward()
             o.step(loss=value.item() if step < 5 else None)
     curvature_before = ours.history()[4]["curvature"]
     assert ours.metrics()["curvature"] == curvature_before
-    assert seeds.controller.inner.curvature_estimator.curv_ema < curvature_before
+    assert published.controller.inner.curvature_estimator.curv_ema < curvature_before

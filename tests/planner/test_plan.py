@@ -345,7 +345,7 @@ def test_unknown_card(card, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"model_type": "mambo"}, "model_type 'mambo'"),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),

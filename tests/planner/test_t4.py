@@ -1,8 +1,8 @@
 """The planner against 16 runs that fitcheck measured on a real Tesla T4 (profiles/measured/t4_fitcheck.json).
 
-No constant is fitted to them, but they are not held out: four rules were chosen or corrected while looking at them
-(memory-efficient attention on the SDPA rows, the order of segment addresses, torch AdamW's temporaries, the order of
-loading), and so were the widths of the error bars. The setup is the file's own `setup` field.
+They are not held out: four rules were chosen or corrected while looking at them (memory-efficient attention on the
+SDPA rows, the order of segment addresses, torch AdamW's temporaries, the order of loading), one number (AHEAD) and the
+widths of the error bars. The setup is the file's own `setup` field.
 """
 
 import json
@@ -11,9 +11,9 @@ from importlib import resources
 import pytest
 
 from cruxy_triton.planner import Card, load_card, load_model
+from cruxy_triton.planner.accuracy import error_bytes
 from cruxy_triton.planner.footprint import footprint
 from cruxy_triton.planner.replay import replay
-from cruxy_triton.planner.search import error_bytes
 from cruxy_triton.planner.step import Step
 from cruxy_triton.planner.walk import walk
 
@@ -24,14 +24,19 @@ DATA = json.loads(
 ROWS = DATA["rows"]
 
 
+# Weights that loading had on the device before their turn. How far transformers' threads ran ahead of quantization is
+# not known; 10 to 26 reproduce the NF4 rows alike (mean error of the reserved memory 1.1 to 1.9 %).
+AHEAD = 22
+
+
 def step_of(row: dict) -> Step:
     shape = load_model(row["model"])
-    quantised = row["quant"] == "nf4"
+    quantized = row["quant"] == "nf4"
     return Step(
         shape=shape,
         batch=row["batch"],
         seq=row["seq"],
-        precision="nf4" if quantised else "float16",
+        precision="nf4" if quantized else "float16",
         double_quant=False,
         lora_r=32,
         targets=shape.family.names[:4],
@@ -42,7 +47,9 @@ def step_of(row: dict) -> Step:
         autocast=False,
         upcast_outputs=False,
         keep_outputs=True,
-        kbit_prepared=quantised,
+        kbit_prepared=quantized,
+        warmup=quantized,
+        ahead=AHEAD if quantized else 0,
     )
 
 
@@ -68,8 +75,8 @@ def test_source_is_named():
 
 def test_peak_allocated(predicted):
     errors = [off(allocated, row["peak_allocated_mib"]) for row, allocated, _ in predicted]
-    assert sum(errors) / len(errors) <= 0.002  # asked for: 1 %; reached: 0.13 %
-    assert max(errors) <= 0.01  # asked for: 2 %; reached: 0.60 %
+    assert sum(errors) / len(errors) <= 0.002  # asked for: 1 %; reached: 0.06 %
+    assert max(errors) <= 0.01  # asked for: 2 %; reached: 0.24 %
 
 
 def test_peak_allocated_float16_to_the_megabyte(predicted):
@@ -85,21 +92,28 @@ def test_peak_reserved_sdpa(predicted):
     assert max(errors) <= 0.02  # asked for: 6 %; reached: 1.6 %
 
 
-def test_peak_reserved_eager_within_the_stated_error_bar(predicted):
+def test_peak_reserved_nf4(predicted):
+    errors = [off(reserved, row["peak_reserved_mib"]) for row, _, reserved in predicted if row["quant"] == "nf4"]
+    assert len(errors) == 7
+    assert sum(errors) / len(errors) <= 0.015  # reached: 1.1 %
+
+
+def test_peak_reserved_within_the_stated_error_bar(predicted):
     card = load_card("t4")
     for row, allocated, reserved in predicted:
-        if row["attn"] == "eager":
-            bar = error_bytes(int(allocated * MiB), card, "eager") / MiB
-            assert abs(reserved - row["peak_reserved_mib"]) <= bar, row
+        bar = error_bytes(int(allocated * MiB), card, row["attn"], quantized=row["quant"] == "nf4") / MiB
+        assert abs(reserved - row["peak_reserved_mib"]) <= bar, row
 
 
 def test_phases(predicted):
-    """The forward pass (with the loss) and the loaded model too, not the highest phase alone."""
+    """The forward pass (with the loss), the optimizer and the loaded model too, not the highest phase alone."""
     for row in ROWS:
         found = footprint(step_of(row))
         forward = max(found.phases["forward"], found.phases["loss"]) / MiB
         assert forward == pytest.approx(row["peak_fwd_mib"], rel=0.02), row
+        assert found.phases["optimizer"] / MiB == pytest.approx(row["peak_opt_mib"], rel=0.05), row
         if row["quant"] == "none":
+            assert found.phases["optimizer"] / MiB == pytest.approx(row["peak_opt_mib"], rel=0.015), row
             assert found.phases["load"] / MiB == pytest.approx(row["after_load_mib"], rel=0.01), row
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from cruxy_triton.planner import load_model
-from cruxy_triton.planner.footprint import footprint
+from cruxy_triton.errors import UserError
+from cruxy_triton.planner import load_model, shape_from_config
+from cruxy_triton.planner.footprint import Footprint, extrapolated, footprint
 from cruxy_triton.planner.replay import replay
 from cruxy_triton.planner.step import Step
 from cruxy_triton.planner.walk import walk
@@ -84,16 +85,16 @@ SWEEP = [
 ]
 
 
+def traced_footprint(step: Step) -> Footprint:
+    return extrapolated(trace.trace, step, 3, 4)
+
+
 def check(step: Step) -> None:
-    closed = footprint(step)
-    traced = trace.trace_peaks(step)
-    steps = {name: peak for name, peak in traced.items() if name != "load"}
-    highest = max(peak for name, peak in closed.phases.items() if name != "load")
-    assert highest == pytest.approx(max(steps.values()), rel=0.002)
-    for name in ("forward", "loss"):
-        assert closed.phases[name] == pytest.approx(steps[name], rel=0.02), name
-    back = max(peak for name, peak in closed.phases.items() if name.startswith("backward"))
-    assert back == pytest.approx(steps["backward"], rel=0.005)
+    """The peak within 0.1 %, every phase within 0.5 % or 0.2 % of the peak."""
+    closed, traced = footprint(step).phases, traced_footprint(step).phases
+    closed.pop("load"), traced.pop("load")
+    assert max(closed.values()) == pytest.approx(max(traced.values()), rel=0.001)
+    assert closed == pytest.approx(traced, rel=0.005, abs=0.002 * max(traced.values()))
 
 
 @pytest.mark.parametrize("step", QUICK)
@@ -129,23 +130,21 @@ def test_reserved_agrees_with_the_trace():
 def test_fewer_layers_extrapolate_exactly():
     shape = load_model("smollm2-135m").with_layers(9)
     step = Step(shape, 1, 256, targets=shape.family.names)
-    whole = trace.trace(step).phases
-    assert trace.trace_peaks(step) == pytest.approx(whole, rel=1e-4)
-    ledger = walk(step)
-    assert max(footprint(step).phases.values()) == pytest.approx(max(ledger.phases.values()), rel=1e-4)
+    for run in (trace.trace, walk):
+        few, whole = extrapolated(run, step, 3, 4), extrapolated(run, step, 8, 9)
+        assert few.phases == pytest.approx(whole.phases, rel=1e-4)
 
 
 def test_full_fine_tuning_agrees_within_its_error_bar():
     step = Step(load_model("smollm2-360m"), 1, 512, "bfloat16", lora_r=0, **OPEN)
-    steps = {k: v for k, v in trace.trace_peaks(step).items() if k != "load"}
-    assert footprint(step).peak_allocated == pytest.approx(max(steps.values()), rel=0.01)
+    assert footprint(step).peak_allocated == pytest.approx(traced_footprint(step).peak_allocated, rel=0.01)
 
 
 def test_the_traced_tiled_loss_is_trls():
     """The trace calls TRL's kernel without the trainer: loss and gradient must be those of the trainer's head."""
     from trl.trainer.utils import add_fused_lm_head
 
-    shape = replace(load_model("smollm2-135m"), num_hidden_layers=2, vocab_size=300)
+    shape = replace(load_model("smollm2-135m"), num_hidden_layers=2, vocab_size=300, config="")
     torch.manual_seed(0)
     model = trace.build(Step(shape, 1, 16, "float32", targets=shape.family.names, **NO_AUTOCAST), device="cpu")
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
@@ -154,6 +153,46 @@ def test_the_traced_tiled_loss_is_trls():
     theirs = model(input_ids=ids, labels=ids.clone(), fused_lm_head=True)
     torch.testing.assert_close(ours["loss"], theirs.loss)
     torch.testing.assert_close(ours["log_probs"], theirs.log_probs)
+
+
+CONFIG = {
+    "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"model_type": "gemma2", "head_dim": 32}, id="gemma2, silent about its caps"),
+        pytest.param({"model_type": "gemma2", "head_dim": 32, "attn_logit_softcapping": None}, id="gemma2, no cap"),
+        pytest.param({"model_type": "gemma2", "head_dim": 32, "final_logit_softcapping": None}, id="gemma2, one cap"),
+        pytest.param({"model_type": "phi", "resid_pdrop": 0.1}, id="phi with dropout"),
+        pytest.param({"model_type": "phi", "rope_parameters": {"partial_rotary_factor": 0.25}}, id="phi, quarter"),
+        pytest.param({"model_type": "llama", "attention_bias": True, "mlp_bias": True}, id="llama with biases"),
+        pytest.param({"model_type": "mistral", "attention_bias": True}, id="mistral, which knows no bias"),
+    ],
+)
+def test_the_trace_reads_the_config_for_itself(config):
+    """The model of a trace is built from the config as it is written, not from what the planner made of it."""
+    shape = shape_from_config({**CONFIG, **config, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2})
+    for settings in (OPEN, STOCK):
+        attention = "efficient" if shape.family.sdpa else "eager"
+        check(Step(shape, 2, 256, targets=shape.family.names, attention=attention, **settings))
+
+
+def test_a_misread_config_is_noticed():
+    shape = replace(load_model("smollm2-135m"), intermediate_size=1024)
+    with pytest.raises(UserError, match="its plan does not hold"):
+        trace.verify(Step(shape, 1, 64, targets=shape.family.names))
+
+
+def test_biased_4_bit_models_replay():
+    """bitsandbytes casts a bias to the input's dtype in the first forward pass, which releases the loaded one."""
+    shape = load_model("qwen2.5-0.5b").with_layers(3)
+    step = Step(shape, 1, 128, "nf4", targets=shape.family.names, kbit_prepared=True, **NO_AUTOCAST)
+    events = trace.trace(step).events
+    assert replay(events).allocated == pytest.approx(replay(walk(step, record=True).events).allocated, rel=0.005)
 
 
 def test_workspaces_by_hand():

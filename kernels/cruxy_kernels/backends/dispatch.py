@@ -507,8 +507,6 @@ def _check_codes(rule: Rule, name: str, i: int, codes: Tensor, scales: Tensor) -
         codec.check(codes, scales)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}_scale[{i}]: {error}") from None
-    if scales.device != codes.device:
-        raise ValueError(f"{name}_scale[{i}] is on {scales.device} and its codes on {codes.device}")
 
 
 def _refuse_storage(rule: Rule, name: str, i: int, value: Tensor) -> None:

@@ -5,7 +5,7 @@ is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.
 bfloat16 on the CPU; what else a step needs (control law, codec) is small.
 
 The shared object lies in $CRUXY_CACHE, or cruxy-triton in the user's cache folder, under a name that depends on
-source, compiler and processor.
+source, compiler, flags and processor. $CRUXY_NATIVE_FLAGS are more flags for the compiler (sanitizers, say).
 """
 
 import ctypes
@@ -74,12 +74,16 @@ def _compiler() -> str | None:
     return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
 
 
+def _flags() -> list[str]:
+    return [*FLAGS, *os.environ.get("CRUXY_NATIVE_FLAGS", "").split()]
+
+
 def _target(compiler: str) -> tuple[Path, str]:
     """(where the compiled loops lie, the compiler's version)."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout.partition("\n")[0]
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version.encode(), _processor()]))
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(_flags()).encode(), version.encode(), _processor()]))
     return _build_folder() / f"native-{key.hexdigest()[:20]}.so", version
 
 
@@ -116,7 +120,7 @@ def _compile(compiler: str, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, "-o", temporary, str(SOURCE)]
+        command = [compiler, *_flags(), "-o", temporary, str(SOURCE)]
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
         try:
             run([*command, "-march=native"])
@@ -218,7 +222,8 @@ def update(
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
     states, scales = [here[name] for name in rule.state], [here.get(name + "_scale") for name in rule.state]
     grads = [g.contiguous() for g in grads]
-    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control, lr_multipliers, flags)
+    factors = None if lr_multipliers is None else lr_multipliers.to("cpu")
+    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control.to("cpu"), factors, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):
             if copy is not tensor:

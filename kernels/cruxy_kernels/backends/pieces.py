@@ -147,7 +147,8 @@ def update(
         p, g = [params[i] for i in indices], [grads[i] for i in indices]
         s = {name: [tensors[i] for i in indices] for name, tensors in state.items()}
         numbers = indices if ids is None else [ids[i] for i in indices]
-        c = row_values(control.to(p[0].device, non_blocking=True), row)
+        # To a CPU the copy has to be waited for: its values are read at once.
+        c = row_values(control.to(p[0].device, non_blocking=p[0].is_cuda), row)
         codec = codec_of(s[rule.state[0]][0])
         dtype = torch.float64 if p[0].dtype == torch.float64 else torch.float32
         for piece in cut(p, g, *[s[name] for name in rule.state]):

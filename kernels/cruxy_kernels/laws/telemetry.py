@@ -34,9 +34,10 @@ def statistics(g: Tensor, gamma: float) -> Tensor:
 
 
 def combine(parts: Tensor) -> Tensor:
-    """One telemetry vector (4,) from the rows of (n, 4): sums, and the maximum of MAX_ABS."""
+    """One telemetry vector (4,) from the rows of (n, 4), of which there may be none: sums, the maximum of MAX_ABS."""
     total = parts.sum(0)
-    total[L.MAX_ABS] = parts[:, L.MAX_ABS].amax()
+    if len(parts):
+        total[L.MAX_ABS] = parts[:, L.MAX_ABS].amax()
     return total
 
 

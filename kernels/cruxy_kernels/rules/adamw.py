@@ -45,6 +45,7 @@ if HAS_TRITON:
     ):
         NESTEROV: tl.constexpr = FLAGS % 2 == 1
         DECOUPLED: tl.constexpr = FLAGS // 2 == 1
+        step = lr * correction2_sqrt / correction1 * multiplier
         keep = 1.0
         if DECOUPLED:
             keep = 1 - lr * weight_decay
@@ -55,7 +56,7 @@ if HAS_TRITON:
         n = m
         if NESTEROV:
             n = beta1 * m + (1 - beta1) * g
-        p = p * keep - lr * correction2_sqrt / correction1 * multiplier * (n / (tl.sqrt(v) + eps))
+        p = p * keep - step * (n / (tl.sqrt(v) + eps))
         return p, m, v
 
     KERNEL = adamw_kernel

@@ -20,8 +20,8 @@ class Rule:
     flags: names of its switches and their defaults; the kernel gets them as the bits of FLAGS, first name lowest.
     specification: (p, g, *state, c, multiplier, **flags) -> (p, *state), whole fp32 or fp64 tensors, any shape;
         c has lr, weight_decay, beta1, beta2, eps, correction1 and correction2_sqrt as 0-dim tensors.
-    kernel: the same in Triton on fp32 values: (p, g, *state, slots, multiplier, FLAGS) -> (p, *state), `slots` being
-        the address of the control row.
+    kernel: the same in Triton on fp32 values: (p, g, *state, lr, weight_decay, beta1, beta2, eps, correction1,
+        correction2_sqrt, multiplier, FLAGS) -> (p, *state).
     """
 
     name: str

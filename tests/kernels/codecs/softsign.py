@@ -1,0 +1,31 @@
+"""The 8-bit codec in float64, from its formula: q = sign(m) ⌊127 · 4|m| / (s + 3|m|) + ½⌋ and
+m = s q / (127 · 4 - 3|q|)."""
+
+import numpy as np
+
+BITS = 8
+BYTES_PER_VALUE = 1 + 2 / 64
+LIMIT = 2.0**-134  # blocks whose largest magnitude is not above this are kept as zeros
+
+
+def scale(largest):
+    """The nearest bfloat16 of each, ties to even, no further than the largest finite one; inf and NaN stay."""
+    usable = np.where(np.isfinite(largest), largest, 1.0)
+    unit = np.exp2(np.maximum(np.frexp(usable)[1] - 8, -133))  # 8 significant bits; the smallest subnormal is 2^-133
+    rounded = np.minimum(np.round(usable / unit) * unit, 255 * 2.0**120)
+    return np.where(np.isfinite(largest), rounded, largest)
+
+
+def level(m, s):
+    """The magnitude of the code before it is rounded; s broadcasts against m."""
+    return 127 * 4 * np.abs(m) / (s + 3 * np.abs(m))
+
+
+def value(codes, s):
+    return s * codes / (127 * 4 - 3 * np.abs(codes))
+
+
+def error(m, s):
+    """How far from m its code may be: half a step of the code there, and the cut of what is above s."""
+    x = np.minimum(np.abs(m) / s, 1)
+    return s * (1 + 3 * x) ** 2 / (2 * 127 * 4) * 1.01 + np.maximum(np.abs(m) - s, 0)
