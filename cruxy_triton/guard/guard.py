@@ -156,6 +156,8 @@ class TrainingGuard:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run continues with: baselines, regime, rate, budgets; numbers and small tensors."""
         pending = self._mail.pending
+        if pending is not None and not isinstance(pending[1]["batch"], str | int | float | None):
+            pending = (pending[0], {**pending[1], "batch": repr(pending[1]["batch"])})  # loads with weights_only
         return {
             "steps": self._steps,
             "ladder": self._ladder.state_dict(),

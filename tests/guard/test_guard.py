@@ -424,6 +424,22 @@ def test_a_resumed_run_continues_exactly(regression):
     assert [e.step for e in resumed.log] == [e.step for e in guard.log if e.step >= 35]
 
 
+def test_state_loads_with_weights_only(regression, tmp_path):
+    run = regression()
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=1e-2)
+    guard = TrainingGuard(optimizer, run.model)
+    run.train(optimizer, guard, 3)
+    run.loss(0).backward()
+    guard.observe(run.loss(0), batch=Regime)  # anything may name a batch
+    optimizer.step()
+    torch.save(guard.state_dict(), tmp_path / "guard.pt")
+    loaded = torch.load(tmp_path / "guard.pt", weights_only=True)
+    assert "Regime" in loaded["pending"][1]["batch"]
+    guard.load_state_dict(loaded)
+    guard.finish()
+    assert guard.metrics["step"] == 4
+
+
 def test_state_of_another_model_is_refused(regression):
     run = regression()
     optimizer = torch.optim.SGD(run.model.parameters(), lr=1e-2)
@@ -524,3 +540,42 @@ def test_operators_per_step(monkeypatch):
     assert many.count - more.count <= 70
     # Decided by the host (a CPU, or an optimizer without found_inf): the two flags are read.
     assert operators(8, False, monkeypatch).reads == plain.reads + 2
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+def test_bitsandbytes(name, regression):
+    """Their 8-bit states survive a skip, a momentum reset and a rollback."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from cruxy_triton.guard.actions import reset_momentum
+
+    torch.manual_seed(0)
+    # 8,192 weights: their states have 8 bits from 4,096 on.
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 1))
+    optimizer = getattr(bitsandbytes.optim, name)(model.parameters(), lr=1e-3)
+    guard = TrainingGuard(optimizer, model, Policy(snapshot_interval=10, snapshot_confirm=5))
+
+    def steps(count, poison=None):
+        for step in range(count):
+            x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss = (model(x) - x[:, :1]).square().mean()
+            loss.backward()
+            if step == poison:
+                model[0].weight.grad[0, 0] = math.nan
+            guard.observe(loss)
+            optimizer.step()
+
+    steps(20)
+    state = optimizer.state[model[0].weight]
+    assert state["state1"].dtype == torch.uint8
+    before = copy.deepcopy((model.state_dict(), state))
+    steps(1, poison=0)
+    torch.testing.assert_close((model.state_dict(), optimizer.state[model[0].weight]), before, rtol=0, atol=0)
+    assert reset_momentum(optimizer) == 4
+    assert not state["absmax1"].any()
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    steps(20)
+    assert kinds(guard).count("rollback") == 1
+    assert optimizer.state[model[0].weight]["state1"].dtype == torch.uint8
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
