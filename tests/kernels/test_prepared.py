@@ -5,6 +5,7 @@ import torch
 from cases import RULE_CASES
 
 from cruxy_kernels import CODECS, PreparedUpdate, control_step, gradient_telemetry, new_control, update_
+from cruxy_kernels.backends import native
 
 SHAPES = [(100,), (3, 43), (), (0,), (2100,)]
 each_storage = pytest.mark.parametrize(
@@ -56,16 +57,20 @@ def test_it_is_the_plain_calls(place, rule, kept, layout):
         step = None
         for seed in range(4):
             grads = gradients(params, seed, offset=seed % 2)
+            factors = multipliers if seed > 1 else None
+            if prepared and step is None:
+                step = PreparedUpdate(rule, params, grads, state, 2, rows=rows, ids=ids, backend=place.backend)
+                served = place.backend == "triton" or (place.backend == "native" and rule in native.RULES_SERVED)
+                assert step.usable == (served and layout != "not contiguous")
+                if not step.usable:
+                    return
+            elif prepared:
+                step.set_grads([g.data_ptr() for g in grads])
             if prepared:
-                if step is None:
-                    step = PreparedUpdate(rule, params, grads, state, 2, rows=rows, ids=ids, backend=place.backend)
-                else:
-                    step.set_grads(grads)
                 telemetry = step.telemetry(1.5)
             else:
                 telemetry = gradient_telemetry(grads, partial=True, backend=place.backend)
             control_step(control, telemetry, torch.tensor(1.0, device=place.device), backend=place.backend)
-            factors = multipliers if seed > 1 else None
             if prepared:
                 step.update(control, factors)
             else:
@@ -83,7 +88,8 @@ def test_it_refuses_what_update_refuses(place, rule):
     params, state = make(rule, "float32", place.device, mixed=False)
     grads = gradients(params, 0)
     good = {"rows": [0] * 5, "ids": [0] * 5, "backend": place.backend}
-    PreparedUpdate(rule, params, grads, state, 1, **good)
+    if not PreparedUpdate(rule, params, grads, state, 1, **good).usable:
+        return  # the plain calls serve, and refuse
     for bad in ({"rows": [0, 1, 0, 0, 0]}, {"rows": [0]}, {"ids": [-1] * 5}):
         with pytest.raises(ValueError, match=r"rows|ids"):
             PreparedUpdate(rule, params, grads, state, 1, **{**good, **bad})
