@@ -291,7 +291,7 @@ class TrainingGuard:
 
     def _measures(self) -> bool:
         held = self._ladder.rate.target is not None
-        return held or self._steps <= 10 or self._steps % self.policy.ratio_interval == 0
+        return held or self._steps <= 20 or self._steps % self.policy.ratio_interval == 0
 
     def _take_reading(self) -> None:
         mail = self._mail.take()

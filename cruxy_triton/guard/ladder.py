@@ -26,6 +26,8 @@ from cruxy_triton.guard.statistics import LossStatistics
 
 # A layer is reported as dead when its gradient is exactly 0 at this many looks, QUIET_INTERVAL steps apart.
 QUIET_LOOKS, QUIET_INTERVAL = 3, 10
+# The update ratio is judged as the mean of this many measurements: plain SGD may start with a few large steps.
+RATIO_MEAN = 5
 
 
 class Ladder:
@@ -55,6 +57,7 @@ class Ladder:
         self._resets = self._rollbacks = 0
         self._reset = False  # momentum was reset in this spell of the unstable regime
         self._last_rollback = -(10**9)
+        self._ratios: deque[float] = deque(maxlen=RATIO_MEAN)
         self._silent: dict[int, int] = {}
         self._ended = False
 
@@ -196,11 +199,14 @@ class Ladder:
             if not reading.skipped:
                 rate.hold(ratio, calm=calm)
             return False
+        if not reading.skipped:
+            self._ratios.append(ratio)
+        ratio = sum(self._ratios) / max(len(self._ratios), 1)
         if not ratio > limit:
             return False
         rate.target = self.ratio_target
         rate.factor = max(rate.factor * self.ratio_target / ratio, self.policy.min_lr_factor)
-        found = f"one step changes the weights by {100 * ratio:.3g} % of their size (limit {100 * limit:.3g} %)"
+        found = f"a step changes the weights by {100 * ratio:.3g} % of their size (limit {100 * limit:.3g} %)"
         start = self.snapshots.start if reading.step <= self.policy.warmup_steps else None
         if start is not None and self._rollbacks < self.policy.max_rollbacks:
             self._rollback(f"{found}: the learning rate is too large", start, reading)
@@ -310,6 +316,7 @@ class Ladder:
             "skips": list(self._skips),
             "counts": [self._bad_streak, self._overflows, self._resets, self._rollbacks, self._last_rollback],
             "reset": self._reset,
+            "ratios": list(self._ratios),
             "silent": dict(self._silent),
         }
 
@@ -321,4 +328,5 @@ class Ladder:
         self._skips = deque((bool(x) for x in state["skips"]), maxlen=self.policy.skip_window)
         self._bad_streak, self._overflows, self._resets, self._rollbacks, self._last_rollback = state["counts"]
         self._reset = bool(state["reset"])
+        self._ratios = deque(state["ratios"], maxlen=RATIO_MEAN)
         self._silent = {int(k): int(v) for k, v in state["silent"].items()}

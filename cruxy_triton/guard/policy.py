@@ -44,10 +44,10 @@ class Policy:
     max_lr_cuts: int = 20
 
     # Update-to-weight ratio: what one step changes, relative to the size of the weights.
-    update_ratio_limit: float | None = 0.12  # above: the rate is too large for these weights; None: not watched
+    update_ratio_limit: float | None = 0.09  # mean of five above: the rate is too large; None: not watched
     update_ratio_target: float = 0.02  # where the factor holds it from then on
     adapter_ratio: float = 5.0  # both times this where matrices begin at zero (LoRA)
-    ratio_interval: int = 10  # steps between measurements (each of the first ten steps is measured)
+    ratio_interval: int = 10  # steps between measurements (each of the first twenty steps is measured)
 
     # Momentum reset, rollback, stop.
     reset_after: int = 5  # steps in the unstable regime before momentum is reset

@@ -211,6 +211,32 @@ def test_a_rate_far_too_large_starts_again_with_less(regression):
     assert sum(losses[-20:]) < 0.5 * sum(unguarded[-20:])
 
 
+@pytest.mark.parametrize(
+    ("ratios", "tripped"),
+    [
+        ([0.14], 1),
+        ([0.05, 0.12], None),  # mean .085
+        ([0.05, 0.12, 0.12], 3),  # .0967
+        ([0.02, 0.04, 0.06, 0.08, 0.085, 0.085, 0.08], None),  # momentum that gathers: .078 at most
+        ([0.04, 0.06, 0.08, 0.09, 0.1, 0.1, 0.11], 7),  # a rate that climbs: .086 at the sixth, .096 at the seventh
+    ],
+)
+def test_the_update_ratio_is_judged_in_the_mean_of_five(ratios, tripped, monkeypatch):
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.SGD([p], lr=1e-3)
+    guard = TrainingGuard(optimizer)
+    given = iter(ratios)
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    monkeypatch.setattr(guard._ratio, "end", lambda: torch.tensor(next(given)))
+    guard._mail.take()
+    for _ in ratios:
+        optimizer.step()
+    guard.finish()
+    steps = [event.step - 1 for event in guard.log if event.kind == "rollback"]
+    assert steps == ([] if tripped is None else [tripped])
+
+
 def test_a_rising_loss_cuts_resets_and_rolls_back(regression):
     """The loss leaves its level for good: cut at once, reset after 5, back after 10; then the new level holds."""
     run = regression()
@@ -518,7 +544,7 @@ def operators(tensors: int, on_device: bool, monkeypatch, guarded: bool = True) 
     monkeypatch.setattr(TrainingGuard, "_decides_on_device", lambda *_: on_device)
     for p in params:
         p.grad = torch.randn(4, 4)
-    for _ in range(33):
+    for _ in range(33):  # the 34th step is calm and not one of those whose update is measured
         optimizer.step()
     counting = Counting()
     loss = torch.tensor(1.0)
