@@ -250,21 +250,21 @@ class CruxyOptimizer(Optimizer):
         """The tensors that have a gradient, in one batch for each kind of update: those of the last step, if it can."""
         settings = self._follow()
         sharded = distributed.active()
-        kinds = [s[:3] for s in settings]
         # A graph that is captured has tables of its own: those of a plan are written anew for other gradients.
         plannable = not sharded and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-        if (
-            self._plan is not None
-            and plannable
-            and self._plan.serves(self.state, (kinds, self._rows.changes, self.backend))
-        ):
+        if self._plan is not None and plannable and self._plan.serves(self.state, self._plan_key(settings)):
             return self._plan.batches
         batches, absent = self._sort(settings, sharded)
         self._plan = None
         if batches and plannable:
-            key = (kinds, self._rows.changes, self.backend)  # tensors may have joined
+            key = self._plan_key(settings)  # tensors may have joined
             self._plan = StepPlan.prepared(batches, absent, self.state, key, len(self._rows.values), self.backend)
         return batches
+
+    def _plan_key(self, settings: list[Settings]) -> Any:
+        """What decides the batches beside the tensors: kinds of update, rows, backend, and the stream of the tables."""
+        stream = torch.cuda.current_stream().cuda_stream if self._rows.values.is_cuda else None
+        return [s[:3] for s in settings], self._rows.changes, self.backend, stream
 
     def _sort(self, settings: list[Settings], sharded: bool) -> tuple[list[Batch], list[Tensor]]:
         """(batches, tensors without a gradient); makes missing state."""

@@ -20,9 +20,6 @@ from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.settings import resolve_dtype
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-# Model types whose kernels read some weights past the layers, where an adapter would not be seen (refused by peft).
-MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-MAMBA_FIXED = ["out_proj", "conv1d"]
 # Of the weights that NF4 is for (all matrices but embeddings and head) so many must be in 4 bits, or the plan is void.
 MIN_QUANTIZED = 0.95
 
@@ -323,6 +320,8 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
     from transformers import set_seed
     from transformers.pytorch_utils import Conv1D
 
+    from cruxy_triton.planner.meta_model import without_adapter
+
     set_seed(recipe.seed)
     targets: Any = recipe.target_modules
     head = model.get_output_embeddings()
@@ -330,12 +329,7 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
     excluded: list[str] = []
     if targets == ["all-linear"]:
         targets = "all-linear"
-        if model.config.model_type in MAMBA_TYPES:
-            excluded = MAMBA_FIXED
-        elif model.config.get_text_config() is not model.config:
-            # The text alone is trained: an adapter on a part for pictures or sound would never see a gradient.
-            text = next(n for n, m in model.named_modules() if m is model.get_decoder())
-            excluded = [n for n in linear if not n.startswith(f"{text}.")]
+        excluded = without_adapter(model.config)
     lora = LoraConfig(
         r=recipe.lora_r,
         # peft declares an int but computes alpha / r, so halves are as good

@@ -34,11 +34,20 @@ _OWN = (
 )  # no fields of a transformers config
 
 
+# Model types whose kernels read some weights past the layers, where an adapter would not be seen (refused by peft).
+_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def without_adapter(config: Any) -> list[str]:
+    """Names of the linear layers that "all linear" leaves out of a model with this transformers config."""
+    return ["out_proj", "conv1d"] if config.model_type in _MAMBA_TYPES else []
+
+
 def _config(model_type: str, values: Mapping[str, Any], where: str) -> Any:
     """transformers' config of these values. Raises UserError where transformers does not take them."""
     values = {key: value for key, value in values.items() if key not in _OWN}
     try:
-        return AutoConfig.for_model(model_type, **values, use_cache=False)
+        return AutoConfig.for_model(model_type, **{**values, "use_cache": False})
     except ValueError as error:
         if model_type not in CONFIG_MAPPING:
             raise UserError(
@@ -129,7 +138,10 @@ def learn(values: Mapping[str, Any], name: str = "", source: str = "") -> ModelS
         source=source,
         config=json.dumps(dict(values), default=str),
         learned=Learned(
-            family=Family(names=tuple(dict.fromkeys(x.name for x in counts)), sdpa=bool(model._supports_sdpa)),
+            family=Family(
+                names=tuple(dict.fromkeys(x.name for x in counts if x.name not in without_adapter(model.config))),
+                sdpa=bool(model._supports_sdpa),
+            ),
             linears=tuple(counts.items()),
             parameters=model.num_parameters(),
             period=period,

@@ -51,7 +51,6 @@ class TensorTable:
     tensors: int
     on_host: Tensor  # what `entries` was copied from
     others_aligned: Tensor  # bool (tensors,): of every column but GRAD
-    sources: list[Tensor]  # pinned: a captured graph copies from them in every replay
 
     def set_grads(self, addresses: Tensor) -> None:
         """Points the entries at other gradients, int64 (tensors,); for a table that no cache holds."""
@@ -59,10 +58,7 @@ class TensorTable:
         self.on_host[:, ALIGNED] = self.others_aligned & (addresses % ALIGNMENT == 0)
         if self.entries is not self.on_host:
             # A fresh piece of pinned memory each time: the copy of the last one may still be under way.
-            source = pinned(self.on_host, self.entries.device)
-            self.entries.copy_(source, non_blocking=True)
-            if torch.cuda.is_current_stream_capturing():
-                self.sources.append(source)
+            self.entries.copy_(pinned(self.on_host, self.entries.device), non_blocking=True)
 
 
 Columns = dict[int, Sequence[Tensor]]
@@ -96,17 +92,14 @@ def build(columns: Columns, rows: Numbers = None, indices: Numbers = None, ids: 
     entries[:, ID] = entries[:, INDEX] if ids is None else torch.tensor(ids)
     chunk_entry = torch.repeat_interleave(torch.arange(len(numels)), counts)
     chunk_index = torch.arange(len(chunk_entry)) - first[chunk_entry]
-    sources = [pinned(values, device) for values in (entries, chunk_entry.to(torch.int32), chunk_index.to(torch.int32))]
-    on_device = [to_device(source, device) for source in sources]
     return TensorTable(
-        entries=on_device[0],
-        chunk_entry=on_device[1],
-        chunk_index=on_device[2],
+        entries=to_device(entries, device),
+        chunk_entry=to_device(chunk_entry.to(torch.int32), device),
+        chunk_index=to_device(chunk_index.to(torch.int32), device),
         chunks=len(chunk_entry),
         tensors=len(numels),
         on_host=entries,
         others_aligned=aligned,
-        sources=sources,
     )
 
 

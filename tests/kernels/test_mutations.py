@@ -108,15 +108,15 @@ MORE = {
                                        ["test_control.py::test_it_is_the_law"]),
     "a captured table lent again": (
         "tables.py",
-        "self._captured.append(table)",
-        "self._tables[(device, 1, tuple(columns), numels, addresses, numbers)] = table",
+        "            self.keep(table)\n",
+        "            self._tables[key] = table\n",
         ["test_triton_tables.py::test_a_table_of_a_captured_graph_is_never_handed_out_again"],
     ),
     "copies not written back": ("update.py", "        batch.finish()\n", "",
                                 ["test_rules.py::test_strided_state_and_scales"]),
     "a captured table's source dropped": (
         "tables.py",
-        "self.sources.append(source)",
+        "tables.keep(copy)",
         "pass",
         ["test_triton_tables.py::test_what_a_captured_graph_copies_from_stays"],
     ),

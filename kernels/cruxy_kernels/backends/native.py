@@ -221,8 +221,7 @@ def update(
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
     states, scales = [here[name] for name in rule.state], [here.get(name + "_scale") for name in rule.state]
     grads = [g.contiguous() for g in grads]
-    factors = None if lr_multipliers is None else lr_multipliers.to("cpu")
-    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control.to("cpu"), factors, flags)
+    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control, lr_multipliers, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):
             if copy is not tensor:
