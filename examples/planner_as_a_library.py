@@ -2,7 +2,7 @@
 
     python examples/planner_as_a_library.py
 
-prints the README's table. No GPU, no torch and no network are needed.
+prints the tables of docs/measurements.md. No GPU, no torch and no network are needed.
 """
 
 from cruxy_triton.planner import Plan, plan

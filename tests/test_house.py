@@ -235,10 +235,9 @@ def files() -> set[str]:
 
 # Files that are cited and belong to somebody else: a run writes them, a model or another project has them.
 ELSEWHERE = {
-    "CUDACachingAllocator.cpp", "book.txt", "config.json", "learning_rates.json", "metrics.jsonl", "plan.json",
-    "plan.toml", "plot.png", "report.md", "run.json", "train.jsonl",
+    "book.txt", "config.json", "learning_rates.json", "plan.json", "plot.png", "report.md", "run.json",
 }  # fmt: skip
-OTHER_PROJECTS = ("aten/", "bitsandbytes/", "c10/", "flash_attn/", "litgpt/", "tools/autograd/", "trl/")
+OTHER_PROJECTS = ("aten/", "bitsandbytes/", "c10/", "trl/")
 CITED = re.compile(r"(?<![\w/.:*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|cpp|toml|json|svg|png|txt))(?![\w/*])")
 
 
