@@ -47,7 +47,8 @@ def _config(model_type: str, values: Mapping[str, Any], where: str) -> Any:
     """transformers' config of these values. Raises UserError where transformers does not take them."""
     values = {key: value for key, value in values.items() if key not in _OWN}
     try:
-        return AutoConfig.for_model(model_type, **{**values, "use_cache": False})
+        # With a pad token some models look for it among the tokens, which have no values here.
+        return AutoConfig.for_model(model_type, **{**values, "use_cache": False, "pad_token_id": None})
     except ValueError as error:
         if model_type not in CONFIG_MAPPING:
             raise UserError(
