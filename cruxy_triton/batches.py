@@ -129,7 +129,7 @@ class StepPlan:
                 list(map(_address, self._params)) == self._param_addresses
                 and _state_addresses(state) == self._state_addresses
             )
-        except TypeError:  # a gradient that is missing now, or a state that is no tensor
+        except (TypeError, RuntimeError):  # a gradient that is missing now or sparse, a state that is no tensor
             return False
         if not same:
             return False

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from cruxy_kernels import CODECS, RULES, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec import Codec, codec_of
+from cruxy_kernels.codec import Codec, codec_of, scale_name
 from cruxy_triton import distributed, groups
 from cruxy_triton.errors import warn
-from cruxy_triton.groups import Group, rule_of, scale_name
+from cruxy_triton.groups import Group, rule_of
 
 # Settings that another optimizer's group shares with ours.
 FOREIGN_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")

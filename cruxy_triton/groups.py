@@ -68,11 +68,6 @@ def named_flags(rule: str, flags: Sequence[bool]) -> dict[str, Any]:
     return dict(zip(RULES[rule].flags, flags, strict=True))
 
 
-def scale_name(state: str) -> str:
-    """The name of the scales of a state buffer that is kept in 8 bits."""
-    return f"{state}_scale"
-
-
 def check(group: Group, state_bits: int) -> None:
     """Raise ValueError where a group's settings cannot be used; the message says what was expected."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import cruxy_kernels as kernels
 from cruxy_kernels import CODECS, RULES
 from cruxy_kernels import layout as L
+from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.batches import Batch, StepPlan
 from cruxy_triton.controllers.meta import slow_loop
@@ -320,7 +321,7 @@ class CruxyOptimizer(Optimizer):
             codec = CODECS[self.state_bits]
             if codec.block:
                 state[name] = torch.zeros_like(p, dtype=codec.dtype, memory_format=torch.contiguous_format)
-                state[groups.scale_name(name)] = distributed.scales_like(p, codec)
+                state[scale_name(name)] = distributed.scales_like(p, codec)
             else:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 

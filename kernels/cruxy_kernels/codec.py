@@ -221,6 +221,11 @@ CODECS = {
 }
 
 
+def scale_name(state: str) -> str:
+    """Under which name the scales of a state buffer are kept."""
+    return f"{state}_scale"
+
+
 def codec_of(codes: Tensor) -> Codec:
     """The codec whose codes have this tensor's dtype; the plain one for floating point."""
     return next((c for c in CODECS.values() if c.block and c.dtype == codes.dtype), CODECS[32])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import tables as T
 from ._triton import HAS_TRITON
-from .codec import BLOCK, Codec, codec_of
+from .codec import BLOCK, Codec, codec_of, scale_name
 from .launch import Batch, batches, launch
 from .laws import layout as L
 from .rules import Rule
@@ -142,8 +142,8 @@ def columns_of(
     columns = {T.PARAM: params, T.GRAD: grads}
     for i, name in enumerate(rule.state):
         columns[T.STATE + i * T.STATE_COLUMNS] = state[name]
-        if name + "_scale" in state:
-            columns[T.SCALE + i * T.STATE_COLUMNS] = state[name + "_scale"]
+        if scale_name(name) in state:
+            columns[T.SCALE + i * T.STATE_COLUMNS] = state[scale_name(name)]
     return columns
 
 

@@ -401,6 +401,20 @@ def test_sparse_gradients_are_refused():
     assert torch.equal(before, embedding.weight)
 
 
+def test_sparse_gradients_are_refused_in_a_later_step_too():
+    """The first step is a dense one, large enough for the loops that keep its tensors for the next."""
+    p = nn.Parameter(torch.ones(1 << 19))
+    optimizer = CruxyOptimizer([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    before = p.detach().clone()
+    p.grad = None
+    p.grad = torch.ones_like(p).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step(loss=1.0)
+    assert torch.equal(p, before)
+
+
 def test_complex_parameters_are_refused():
     with pytest.raises(ValueError, match="complex"):
         CruxyOptimizer([Parameter(torch.ones(2, dtype=torch.complex64))])

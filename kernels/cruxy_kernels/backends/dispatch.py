@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import codec as codec_module
 from .._triton import HAS_TRITON
-from ..codec import CODECS, Codec, codec_of
+from ..codec import CODECS, Codec, codec_of, scale_name
 from ..launch import launch, on_device
 from ..laws import layout as L
 from ..laws.control import launch_control, launch_refresh, refresh, step_law
@@ -120,6 +120,17 @@ def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | No
             _warn_dtype(names)
             return "torch"
     return chosen
+
+
+def choose_for_update(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]],
+    backend: str | None,
+) -> str:
+    """The backend that serves this update."""
+    return choose([*params, *grads, *[t for name in rule.state for t in state[name]]], backend, rule.name)
 
 
 def _choose_small(device: torch.device, backend: str | None) -> str:
@@ -310,7 +321,7 @@ def update_(
     for name, value in (("control", control), ("lr_multipliers", lr_multipliers)):
         if value is not None and value.device.type != params[0].device.type:
             raise ValueError(f"{name} is on {value.device} and params on {params[0].device}; move one to the other")
-    chosen = choose([*params, *grads, *[t for name in chosen_rule.state for t in state[name]]], backend, rule)
+    chosen = choose_for_update(chosen_rule, params, grads, state, backend)
     if lr_multipliers is not None:
         lr_multipliers = lr_multipliers.contiguous()
     if chosen in ("triton", "native"):
@@ -338,7 +349,7 @@ def lion_update_(
 
     exp_avgs: float32, float16 or bfloat16, or int8 codes of `quantize_blockwise` with their `exp_avg_scales`.
     """
-    state = {"exp_avg": exp_avgs} | ({} if exp_avg_scales is None else {"exp_avg_scale": exp_avg_scales})
+    state = {"exp_avg": exp_avgs} | ({} if exp_avg_scales is None else {scale_name("exp_avg"): exp_avg_scales})
     update_("lion", params, grads, state, control, rows=rows, ids=ids, lr_multipliers=lr_multipliers, backend=backend)
 
 
@@ -463,8 +474,9 @@ def check_update(
     lr_multipliers: Tensor | None,
 ) -> None:
     count = len(params)
-    coded = any(name + "_scale" in state for name in rule.state)
-    wanted = {name + suffix for name in rule.state for suffix in (("", "_scale") if coded else ("",))}
+    scales = {scale_name(name) for name in rule.state}
+    coded = not scales.isdisjoint(state)
+    wanted = {*rule.state, *(scales if coded else ())}
     if set(state) != wanted:
         raise ValueError(f"the state holds {', '.join(sorted(state))}; {rule.name} expects {', '.join(sorted(wanted))}")
     lists: dict[str, Any] = {"params": params, "grads": grads, **state, "rows": rows, "ids": ids}
@@ -490,7 +502,7 @@ def check_update(
             if value.shape != p.shape or value.device != p.device:
                 raise ValueError(_misfit(name, i, value, p))
             if coded:
-                _check_codes(rule, name, i, value, state[name + "_scale"][i])
+                _check_codes(rule, name, i, value, state[scale_name(name)][i])
             elif value.dtype not in rule.storage and not value.dtype == p.dtype == torch.float64:
                 _refuse_storage(rule, name, i, value)
 

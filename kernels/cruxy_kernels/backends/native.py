@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..codec import scale_name
 from ..laws import layout as L
 from ..rules import Rule
 
@@ -219,7 +220,7 @@ def update(
     """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
     written = {"": params, **state}
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
-    states, scales = [here[name] for name in rule.state], [here.get(name + "_scale") for name in rule.state]
+    states, scales = [here[name] for name in rule.state], [here.get(scale_name(name)) for name in rule.state]
     grads = [g.contiguous() for g in grads]
     run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control, lr_multipliers, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous

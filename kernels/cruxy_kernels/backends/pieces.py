@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..codec import BLOCK, codec_of
+from ..codec import BLOCK, codec_of, scale_name
 from ..laws import layout as L
 from ..laws.telemetry import combine, statistics
 from ..rounding import random_bits, round_stochastic
@@ -158,7 +158,7 @@ def update(
                     old.append(piece.load(s[name], dtype))
                 else:
                     codes = piece.load(s[name], codec.dtype).view(-1, BLOCK)
-                    old.append(codec.decode_blocks(codes, piece.load_scales(s[name + "_scale"])).view(-1))
+                    old.append(codec.decode_blocks(codes, piece.load_scales(s[scale_name(name)])).view(-1))
             multiplier = 1.0
             if lr_multipliers is not None:
                 factors = lr_multipliers.to(p[0].device)[[indices[i] for i in piece.indices]]
@@ -176,6 +176,6 @@ def update(
                     piece.store(s[name], torch.where(c.skip, before, after))
                     continue
                 codes, scales = codec.encode_blocks(after.view(-1, BLOCK))
-                kept = piece.load(s[name], codec.dtype), piece.load_scales(s[name + "_scale"])
+                kept = piece.load(s[name], codec.dtype), piece.load_scales(s[scale_name(name)])
                 piece.store(s[name], torch.where(c.skip, kept[0], codes.view(-1)))
-                piece.store_scales(s[name + "_scale"], torch.where(c.skip, kept[1], scales))
+                piece.store_scales(s[scale_name(name)], torch.where(c.skip, kept[1], scales))

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..codec import codec_of
+from ..codec import codec_of, scale_name
 from ..launch import batches, on_device
 from ..laws.telemetry import launch_partials
 from ..rules import RULES
 from ..tables import GRAD, build
 from ..update import columns_of, launch_batch
 from . import native
-from .dispatch import check_update, choose
+from .dispatch import check_update, choose_for_update
 
 
 class PreparedUpdate:
@@ -46,7 +46,7 @@ class PreparedUpdate:
         self.rule = RULES[rule]
         self._flags = self.rule.bits(flags)
         tensors = [*params, *grads, *[t for tensors in state.values() for t in tensors]]
-        served = choose([*params, *grads, *[t for name in self.rule.state for t in state[name]]], backend, rule)
+        served = choose_for_update(self.rule, params, grads, state, backend)
         self.usable = served != "torch" and all([t.is_contiguous() for t in tensors])
         self._table: Tensor | None = None
         if self.usable:  # the plain calls check what they are given
@@ -57,7 +57,7 @@ class PreparedUpdate:
             self._codecs = [codec_of(state[self.rule.state[0]][batch.indices[0]]) for batch in self._batches]
         elif self.usable:
             states = [state[name] for name in self.rule.state]
-            scales = [state.get(name + "_scale") for name in self.rule.state]
+            scales = [state.get(scale_name(name)) for name in self.rule.state]
             self._table = native.table_of(params, grads, states, scales, rows, ids)
 
     def set_grads(self, addresses: Sequence[int]) -> None:
