@@ -1,12 +1,17 @@
 """Stress: a small character model at rates from good to absurd, each optimizer alone and under the guard.
 
-A GPT of 0.8 M parameters (4 layers, width 128, context 64, batch 16) reads Tiny Shakespeare or WikiText-2 for 400
+A GPT of 0.8 M parameters (4 layers, width 128, context 64, batch 16) reads Tiny Shakespeare or WikiText-2 for 300
 steps, once per learning rate, optimizer, guard and seed; the result is the validation loss. `verdict` puts it beside
 the claim: under the guard no run ends above 1.10 times the best unguarded loss of its optimizer, up to 30 times the
 rate that is best unguarded, and at that rate the guard costs nothing.
 """
 
+import concurrent.futures
+import functools
+import itertools
+import json
 import math
+import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cruxy_triton.errors import UserError
+from cruxy_triton.files import writing
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.optimizer import CruxyOptimizer
 
@@ -31,7 +37,7 @@ class Size:
     width: int = 128
     context: int = 64
     batch: int = 16
-    steps: int = 400
+    steps: int = 300
     evaluations: int = 12
 
 
@@ -75,6 +81,9 @@ class Run:
     loss: float  # validation; infinite where the run diverged
     actions: str
     stopped: bool
+
+    def key(self) -> tuple[Any, ...]:
+        return self.text, self.optimizer, self.lr, self.guard, self.seed
 
 
 # -- text and model ----------------------------------------------------------------------------------------------
@@ -247,18 +256,70 @@ def run(text: Text, name: str, optimizer: str, lr: float, guarded: bool, seed: i
     return Run(name, optimizer, lr, guarded, seed, loss_now if math.isfinite(loss_now) else math.inf, actions, stopped)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One run to be made."""
+
+    text: str
+    folder: Path | None
+    size: Size
+    optimizer: str
+    lr: float
+    guard: bool
+    seed: int
+
+    def key(self) -> tuple[Any, ...]:
+        return self.text, self.optimizer, self.lr, self.guard, self.seed
+
+
+@functools.cache
+def _text(name: str, folder: Path | None, size: Size) -> Text:
+    return Text(read_text(name, folder), size)
+
+
+def play(cell: Cell) -> Run:
+    """The cell's run, on one thread, so that it is the same however many run side by side."""
+    torch.set_num_threads(1)
+    return run(_text(cell.text, cell.folder, cell.size), *cell.key())
+
+
 def grid(
     *, texts: Iterable[str], folder: Path | None, rates: Iterable[float], optimizers: Iterable[str], seeds: int,
     size: Size,
-) -> Iterator[Run]:
-    """Every run of the grid, one after the other."""
-    for name in texts:
-        text = Text(read_text(name, folder), size)
-        for seed in range(seeds):
-            for optimizer in optimizers:
-                for lr in rates:
-                    for guarded in (False, True):
-                        yield run(text, name, optimizer, lr, guarded, seed)
+) -> list[Cell]:
+    """Every cell, seed by seed, so that what is done first is a whole table."""
+    cells = itertools.product(range(seeds), texts, optimizers, rates, (False, True))
+    return [Cell(text, folder, size, name, lr, guarded, seed) for seed, text, name, lr, guarded in cells]
+
+
+def play_all(cells: list[Cell], workers: int) -> Iterator[Run]:
+    """The runs as they end; each worker is a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(play, cell) for cell in cells]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_runs(path: Path, size: Size) -> list[Run]:
+    """The runs that an earlier call wrote to `path`.
+
+    Raises:
+        UserError: the file is of another size of model or run, or not of this command.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            written = json.loads(line)
+            of = Size(**written.pop("size"))
+            found.append(Run(**written))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}, line {number}: no run of `bench stress`; name a new file") from error
+        if of != size:
+            raise UserError(f"{path}, line {number}: a run of {of}, not of {size}; name a new file")
+    return found
 
 
 def rows(runs: list[Run]) -> list[dict[str, Any]]:
@@ -298,24 +359,35 @@ def verdict(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def report(
-    *, quick: bool, data: Path | None, optimizers: list[str] | None, seeds: int, say: Callable[[str], Any]
+    *, quick: bool, data: Path | None, optimizers: list[str] | None, seeds: int, workers: int, out: Path | None,
+    say: Callable[[str], Any],
 ) -> dict[str, Any]:
     """The whole suite, with a line per run on the way; see `bench stress --help`.
 
     Raises:
-        UserError: an unknown optimizer or a missing text.
+        UserError: an unknown optimizer, a missing text, or an `out` that holds something else.
     """
     chosen = optimizers or list(CONTESTANTS)
     unknown = [name for name in chosen if name not in CONTESTANTS]
     if unknown:
         raise UserError(f"unknown optimizer {unknown[0]!r}; expected one of {', '.join(CONTESTANTS)}")
-    if seeds < 1:
-        raise UserError("--seeds must be at least 1")
+    if seeds < 1 or workers < 1:
+        raise UserError("--seeds and --workers must be at least 1")
     texts = list(TEXTS) if data is not None else ["embedded"]
-    rates = (1e-3, 3e-2) if quick else RATES
-    runs = []
-    for r in grid(texts=texts, folder=data, rates=rates, optimizers=chosen, seeds=seeds, size=QUICK if quick else FULL):
+    for name in texts:
+        read_text(name, data)
+    size = QUICK if quick else FULL
+    cells = grid(
+        texts=texts, folder=data, rates=(1e-3, 3e-2) if quick else RATES, optimizers=chosen, seeds=seeds, size=size
+    )
+    wanted = {cell.key() for cell in cells}
+    runs = [] if out is None else [r for r in read_runs(out, size) if r.key() in wanted]
+    done = {r.key() for r in runs}
+    for r in play_all([cell for cell in cells if cell.key() not in done], workers):
         runs.append(r)
+        if out is not None:
+            with writing(out), out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**asdict(r), "size": asdict(size)}) + "\n")
         guard = "with guard" if r.guard else "alone"
         say(f"{r.text}, {r.optimizer}, lr {r.lr:g}, seed {r.seed}, {guard}: {r.loss:.3f} {r.actions}")
     return {"rows": rows(runs), "verdict": verdict(runs), "runs": [asdict(r) for r in runs], "seeds": seeds}

@@ -42,6 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
     stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
     stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
+    stress.add_argument("--workers", type=int, default=1, help="runs at once, one thread each (default: %(default)s)")
+    stress.add_argument("--out", type=Path, help="file for each run as it ends; what it holds is not run again")
     stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
     faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
     faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
@@ -135,7 +137,10 @@ def run_stress(args: argparse.Namespace) -> dict[str, Any]:
     def say(line: str) -> None:
         sys.stderr.write(line + "\n")
 
-    return stress.report(quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, say=say)
+    return stress.report(
+        quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, workers=args.workers,
+        out=args.out, say=say,
+    )  # fmt: skip
 
 
 def run_faults(args: argparse.Namespace) -> dict[str, Any]:

@@ -75,9 +75,23 @@ def test_batches_are_shifted_by_one_and_held_out_is_not_trained_on():
 
 def test_tiny_grid_as_a_command(command):
     words = ("bench", "stress", "--quick", "--seeds", "1", "--optimizers", "AdamW", "Cruxy Lion", "--json")
-    done = command(*words)
+    done = command(*words, "--workers", "2", "--out", "runs.jsonl")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+
+    # Interrupted after two runs and called again: only the others are made, and they come out the same.
+    path = command.folder / "runs.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 8
+    path.write_text("".join(lines[:2]))
+    again = command(*words, "--out", "runs.jsonl")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("lr ") == 6
+    assert sorted(json.loads(again.stdout)["runs"], key=str) == sorted(result["runs"], key=str)
+    refused = command("bench", "stress", "--seeds", "1", "--out", "runs.jsonl")
+    assert refused.returncode == 2
+    assert "runs.jsonl, line 1: a run of Size(layers=1" in refused.stderr
+
     assert len(result["runs"]) == 8
     assert {row["optimizer"] for row in result["verdict"]} == {"AdamW", "Cruxy Lion"}
     assert all(math.isfinite(run["loss"]) for run in result["runs"])
