@@ -253,13 +253,15 @@ struct AdamW {
 };
 
 template <class Rule>
-void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int threads) {
+void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+            int threads) {
     auto pieces = cut(rows, tensors);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const Row& row = rows[piece.tensor];
-        const Values& c = values[row.row];
+        Values c = values[row.row];
         if (c.skip != 0) return;
+        if (factors) c.factor *= factors[row.index];
         const float multiplier = multipliers ? multipliers[row.index] : 1.0f;
         float p[BLOCK], g[BLOCK], state[2][BLOCK];
         for (int64_t k = 0; k < piece.length; k += BLOCK) {
@@ -323,14 +325,17 @@ void telemetry(const Row* rows, int64_t tensors, float gamma, int per_tensor, fl
     for (size_t i = 0; i < sums.size(); ++i) totals[i] = float(sums[i]);
 }
 
-// values: one for each control row. multipliers: float, by Row::index, or null. flags: the rule's, as rules/ has them.
-void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int, int threads) {
-    update<Lion>(rows, tensors, values, multipliers, threads);
+// values: one for each control row. multipliers (of the step) and factors (of the gradient): float, by Row::index, or
+// null. flags: the rule's, as rules/ has them.
+void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors, int,
+          int threads) {
+    update<Lion>(rows, tensors, values, multipliers, factors, threads);
 }
 
-void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int flags, int threads) {
+void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+           int flags, int threads) {
     auto run = flags & 1 ? (flags & 2 ? update<AdamW<true, true>> : update<AdamW<true, false>>)
                          : (flags & 2 ? update<AdamW<false, true>> : update<AdamW<false, false>>);
-    run(rows, tensors, values, multipliers, threads);
+    run(rows, tensors, values, multipliers, factors, threads);
 }
 }
