@@ -22,6 +22,7 @@ class Histories:
     def __init__(self) -> None:
         self._values = torch.zeros((0, L.NUM_HISTORY))
         self._known: Any = None
+        self._views: dict[Tensor, Tensor] = {}
         self._kept: tuple[list[Batch], TensorClip] | None = None
 
     def __reduce__(self) -> Any:
@@ -30,11 +31,9 @@ class Histories:
     def of(self, batches: list[Batch], rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> TensorClip:
         """What `control_step` needs for the tensors of these batches, on the device of the rows."""
         known = rows, rows.changes, rows.values.device
-        if known != self._known:
-            self._link(rows, state)
-            self._known, self._kept = known, None
-        if self._kept is not None and self._kept[0] is batches:
+        if known == self._known and self._kept is not None and self._kept[0] is batches:
             return self._kept[1]
+        self._link(known, rows, state)
         spans, first = [], 0
         for batch in batches:
             own = batch.spans()
@@ -43,16 +42,20 @@ class Histories:
         ids = [number for batch in batches for number in batch.ids]
         plain = all([batch.prepared is None for batch in batches])
         clip = TensorClip(self._values, ids, None if plain else torch.cat(spans))
-        if not plain:  # batches that are kept hold no gradients
-            self._kept = batches, clip
+        self._kept = None if plain else (batches, clip)  # batches that are prepared hold no gradients
         return clip
 
-    def _link(self, rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Gather what the states hold."""
-        self._values = torch.zeros((len(rows.number), L.NUM_HISTORY), device=rows.values.device)
+    def _link(self, known: Any, rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Gather what the states hold: all of it where the tensors are others, else what somebody has put there."""
+        if known != self._known:
+            self._known, self._views = known, {}
+            self._values = torch.zeros((len(rows.number), L.NUM_HISTORY), device=rows.values.device)
         for param, number in rows.number.items():
             held = state.get(param)
-            if held:
-                if "clip" in held:
-                    self._values[number].copy_(held["clip"])
-                held["clip"] = self._values[number]
+            if not held:
+                continue
+            history = held.get("clip")
+            if history is None or history is not self._views.get(param):
+                own = self._values[number]
+                own.zero_() if history is None else own.copy_(history)
+                held["clip"] = self._views[param] = own

@@ -187,6 +187,25 @@ def test_histories_follow_their_tensors():
     assert optimizer.state[heir]["clip"][0] <= histories[3][0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_that_was_away_comes_back(backend):
+    """Offloading replaces the tensors of the states, or these themselves."""
+    results = []
+    for away in (False, True):
+        params, optimizer = make(backend=served(backend), **RULES["adamw"])
+        for step in range(8):
+            step_with(optimizer, params, gradients(step))
+            if away and step == 3:
+                for p in params:
+                    optimizer.state[p] = {name: t.clone() for name, t in optimizer.state[p].items()}
+            if away and step == 5:
+                for state in optimizer.state.values():
+                    state["clip"] = state["clip"].clone()
+                    state["exp_avg"] = state["exp_avg"].clone()
+        results.append([state["clip"] for state in optimizer.state_dict()["state"].values()] + list(params))
+    assert_same(*results)
+
+
 def test_from_and_to_other_clipping():
     params, optimizer = make(**RULES["lion"])
     for step in range(3):

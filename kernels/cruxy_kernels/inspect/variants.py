@@ -44,6 +44,7 @@ def _telemetry() -> list[Variant]:
             floor=BYTES[grad],
         )
         for by_tensor, grad, exact in product((False, True), BYTES, (True, False))
+        if exact or not by_tensor
     ]
     sums = {"PARTIALS": PARTIALS_AT_ONCE}
     found.append(
@@ -81,7 +82,7 @@ def _control() -> list[Variant]:
     clip = {"history": "*fp32", "index": "*i32", "spans": "*i32", "factors": "*fp32"}
     laws = [
         Variant(
-            f"control {law}{' clip tensors' if tensors else ''}",
+            f"control {law}{' by tensor' if tensors else ''}",
             control_kernel,
             {"control": "*fp32", "telemetry": "*fp32", "partials": "i32"} | scalars | {"rows": "i32"} | clip,
             {"LAW": number, "CLIP_GLOBAL": not tensors, "CLIP_TENSORS": tensors, "HAS_SPANS": tensors}
@@ -103,15 +104,17 @@ def _updates() -> list[Variant]:
         codecs = [CODECS[bits] for bits in rule.state_bits if CODECS[bits].block]
         kept = [(name, CODECS[32], BYTES[name]) for name in states]
         kept += [(T.ELEMENT_TYPES.get(codec.dtype, str(codec.dtype)), codec, codec.bytes_per_value) for codec in codecs]
-        choices = product(PAIRS, kept, _flag_sets(len(rule.flags)), (False, True))
-        for (param, grad), (state, codec, size), flags, factors in choices:
+        choices = product((False, True), PAIRS, kept, _flag_sets(len(rule.flags)))
+        for factors, (param, grad), (state, codec, size), flags in choices:
+            if factors and (param != grad or flags != _flag_sets(len(rule.flags))[0]):
+                continue  # one value per program more: what it costs shows in the others
             if state in ("fp16", "bf16") and (param != state or grad != state):
                 continue  # 16-bit momentum is for parameters of its own kind
-            given = [name for i, name in enumerate(rule.flags) if flags >> i & 1] + ["clip tensors"] * factors
+            given = [name for i, name in enumerate(rule.flags) if flags >> i & 1]
             moved = 2 * BYTES[param] + BYTES[grad] + 2 * size * len(rule.state)
             found.append(
                 Variant(
-                    " ".join([rule.name, f"{param}/{grad}", f"state {state}", *given]),
+                    " ".join([*["clipped"] * factors, rule.name, f"{param}/{grad}", f"state {state}", *given]),
                     update_kernel,
                     arguments,
                     {"RULE": rule.kernel, "FLAGS": flags, "STATES": len(rule.state), "PARAM_TYPE": param}

@@ -6,7 +6,8 @@ host reads nothing of it. There tanh, log and expm1 are built from exp and sqrt,
 interpreter; their errors stand beside them.
 
 The gradients are those that were stored, multiplied by a GradScaler's factor where there is one: it is taken out
-here, once, of the statistics and of GRAD_FACTOR, by which the update multiplies every gradient.
+here, once, of the statistics and of GRAD_FACTOR, by which the update multiplies every gradient. Where every tensor is
+clipped by itself (clipping.py), programs behind those of the rows do that, after judging the step as those do.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
