@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import cruxy_kernels as kernels
 from cruxy_kernels import CODECS, RULES
@@ -147,6 +148,8 @@ class CruxyOptimizer(Optimizer):
         self._histories = Histories()
         self._settings: list[Settings] = []
         self._plan: StepPlan | None = None
+        # A dict, because wrappers that copy this object's attributes have to share it.
+        self._seen = {"state": False}
         self._calls = 0
         self._given_loss: Any = None
         self._calls_without_loss = 0
@@ -172,6 +175,26 @@ class CruxyOptimizer(Optimizer):
         else:
             groups.warn_of_betas(mode, rule, betas)
         super().__init__(params, defaults)
+        self._seen["state"] = False  # the base class put an empty one there
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Each tensor's state, as in every torch optimizer.
+
+        From the first time that anybody asks for it, each step finds out whether its tensors still lie where they
+        did; before that nobody else can have reached them.
+        """
+        self._seen["state"] = True
+        return self._state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._seen["state"] = True
+        self.__dict__["state"] = value
+
+    @property
+    def _state(self) -> Any:
+        return self.__dict__["state"]
 
     @property
     def control(self) -> Tensor:
@@ -196,7 +219,7 @@ class CruxyOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._rows.follow(self.param_groups)
-        self._rows.link(self.state, self.mode)
+        self._rows.link(self._state, self.mode)
 
     # -- a step ------------------------------------------------------------------
 
@@ -207,7 +230,6 @@ class CruxyOptimizer(Optimizer):
         """
         self._given_loss = _number(loss)
 
-    @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
     ) -> Any:
@@ -228,6 +250,16 @@ class CruxyOptimizer(Optimizer):
                 was changed then.
             RuntimeError: sparse gradients.
         """
+        # torch would wrap every step in its hooks and a profiler's range: without any, that is a tenth of the time.
+        if not (type(self).step is CruxyOptimizer.step and _observed(self)):
+            return self._take_step(closure, loss=loss)
+        arguments = (self,) if closure is None else (self, closure)
+        return _observed_step(*arguments, **({} if loss is None else {"loss": loss}))
+
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @torch.no_grad()
+    def _take_step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
         if closure is not None and not callable(closure):
             raise TypeError(
                 f"step() got a {type(closure).__name__} for a closure; give the loss by name: step(loss=loss)"
@@ -238,14 +270,16 @@ class CruxyOptimizer(Optimizer):
                 result = closure()
         given, self._given_loss = self._given_loss, None
         number = _number(loss if loss is not None else result if result is not None else given)
-        batches = self._gather()
+        sharded = distributed.active()
+        batches = self._gather(sharded)
         if not batches:
             return result
         device = batches[0].device
         control = self._control_on(device)
         self._calls += 1
         # A GradScaler leaves these two here for the time of the step.
-        found_inf, grad_scale = (_moved(getattr(self, name, None), device) for name in ("found_inf", "grad_scale"))
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
         by_tensor = self.clip == "tensor"
         clip = self._histories.of(batches, self._rows, self.state) if by_tensor else self.clip
@@ -253,8 +287,8 @@ class CruxyOptimizer(Optimizer):
             _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
         ]
         kernels.control_step(
-            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device), law=self.mode,
-            found_inf=found_inf, grad_scale=grad_scale, log=log, clip=clip, backend=self.backend,
+            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded),
+            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, clip=clip, backend=self.backend,
         )  # fmt: skip
         if self.mode == "meta3" and (self.param_groups[0]["capturable"] or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None, log=log, backend=self.backend)
@@ -265,19 +299,21 @@ class CruxyOptimizer(Optimizer):
             batch.update(control, self.backend, own)
         return result
 
-    def _gather(self) -> list[Batch]:
+    def _gather(self, sharded: bool) -> list[Batch]:
         """The tensors that have a gradient, in one batch for each kind of update: those of the last step, if it can."""
         settings = self._follow()
-        sharded = distributed.active()
         # A graph that is captured has tables of its own: those of a plan are written anew for other gradients.
         plannable = not sharded and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-        if self._plan is not None and plannable and self._plan.serves(self.state, self._plan_key(settings)):
-            return self._plan.batches
+        if self._plan is not None and plannable:
+            state = self._state if self._seen["state"] else None
+            if self._plan.serves(state, self._plan_key(settings)):
+                return self._plan.batches
         batches, absent = self._sort(settings, sharded)
         self._plan = None
         if batches and plannable:
+            self._rows.link(self._state, self.mode)
             key = self._plan_key(settings)  # tensors may have joined
-            self._plan = StepPlan.prepared(batches, absent, self.state, key, len(self._rows.values), self.backend)
+            self._plan = StepPlan.prepared(batches, absent, self._state, key, len(self._rows.values), self.backend)
         return batches
 
     def _plan_key(self, settings: list[Settings]) -> Any:
@@ -301,7 +337,7 @@ class CruxyOptimizer(Optimizer):
                         "CruxyOptimizer does not support sparse gradients; "
                         "use dense ones (for example Embedding(sparse=False))"
                     )
-                state, number = self.state[p], self._rows.number[p]
+                state, number = self._state[p], self._rows.number[p]
                 if not state:
                     self._init_state(p, rule, state)
                     self._rows.forget(p)  # where the state was cleared the tensor starts anew
@@ -328,7 +364,7 @@ class CruxyOptimizer(Optimizer):
                 groups.check(group, self.state_bits)
             if [s.rule for s in settings] != [s.rule for s in self._settings]:
                 for group in self.param_groups:
-                    groups.check_states(group, self.state)
+                    groups.check_states(group, self._state)
             self._settings = settings
         self._rows.follow(self.param_groups)
         return settings
@@ -346,7 +382,7 @@ class CruxyOptimizer(Optimizer):
     def _control_on(self, device: torch.device) -> Tensor:
         """The control vector on this device, with the settings as they are now."""
         self._rows.to(device)
-        self._rows.link(self.state, self.mode)
+        self._rows.link(self._state, self.mode)
         self._rows.write(
             self._settings,
             gamma=self.gamma_norm,
@@ -359,7 +395,7 @@ class CruxyOptimizer(Optimizer):
         )
         return self._rows.values
 
-    def _loss(self, loss: float | Tensor | None, device: torch.device) -> Tensor | None:
+    def _loss(self, loss: float | Tensor | None, device: torch.device, sharded: bool) -> Tensor | None:
         """The mean loss of all ranks as a 0-dim fp32 tensor on the control's device."""
         if loss is None:
             self._calls_without_loss += 1
@@ -374,7 +410,7 @@ class CruxyOptimizer(Optimizer):
             value = loss.to(device, torch.float32, non_blocking=True)
         else:
             value = torch.full((), loss, dtype=torch.float32, device=device)
-        return distributed.mean_loss(value, self.process_group) if distributed.active() else value
+        return distributed.mean_loss(value, self.process_group) if sharded else value
 
     # -- what it did ------------------------------------------------------------------
 
@@ -430,17 +466,32 @@ class CruxyOptimizer(Optimizer):
             defaults=self.defaults,
         )  # fmt: skip
         self.__setstate__({"state": loaded.state, "param_groups": loaded.groups})
+        self._seen = {"state": False}  # all its tensors are copies
         self._plan = None
         self._rows, self._histories = ControlRows(), Histories()
         self._rows.follow(loaded.groups)
         for index, (control, ages) in enumerate(zip(loaded.controls, loaded.ages, strict=True)):
             self._rows.restore(index, control, ages)
-        self._rows.link(self.state, self.mode)
+        self._rows.link(self._state, self.mode)
         self._settings = []
         self._history.begin(self.control[0])
         self._calls = calls(self.control[0])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+_observed_step = Optimizer.profile_hook_step(CruxyOptimizer._take_step)
+
+
+def _observed(optimizer: Optimizer) -> bool:
+    """Whether somebody has a hook around this optimizer's steps, or a profiler runs."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )
 
 
 class MetaLion(CruxyOptimizer):
@@ -474,14 +525,14 @@ def _number(loss: Any) -> float | Tensor | None:
             raise ValueError(f"loss has {loss.numel()} elements; expected one number (the mean loss)")
         if loss.is_complex():
             raise TypeError(f"loss is {loss.dtype}; expected a real number")
-        return distributed.local(loss.detach()).reshape(())
+        return distributed.local(loss.detach() if loss.requires_grad else loss).reshape(())
     if loss is None or groups.is_number(loss):
         return loss if loss is None else float(loss)
     raise TypeError(f"loss is a {type(loss).__name__}; expected a number or a one-element tensor")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return None if value is None else value.to(device, non_blocking=True)
+    return value if value is None or value.device == device else value.to(device, non_blocking=True)
 
 
 def _unknown_argument(name: str) -> str:

@@ -35,6 +35,7 @@ FLOORS = [
     },
     {"cruxy_triton.guard"},
     {"cruxy_triton.planner"},
+    {"cruxy_triton.page"},
     {"cruxy_triton.finetune"},
     {"cruxy_triton.bench", "cruxy_triton.doctor"},
     {"cruxy_triton.cli", "cruxy_triton.__main__"},

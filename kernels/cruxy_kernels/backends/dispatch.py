@@ -279,6 +279,8 @@ def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | N
     if value is None:
         return None
     _check_device(name, value, device)
+    if value.dtype == torch.float32 and not value.dim():
+        return value.detach() if value.requires_grad else value
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected one real number")
     return value.detach().reshape(()).to(torch.float32)

@@ -89,12 +89,14 @@ uint16_t float_to_bf16(float value) {
     return uint16_t(sign | (magnitude < 0x7F800000 ? nearest : special));
 }
 
-// fp16 by its bits and without a branch: compilers do not vectorise their own conversion everywhere.
+// fp16 by its bits and without a branch: compilers do not vectorise their own conversion everywhere. No fp32 in
+// between is subnormal: many processors are slow with those.
 float fp16_to_float(uint16_t bits) {
-    uint32_t magnitude = bits & 0x7FFF;
-    // As an fp32 of the same fields the value is 2^112 too small, whether it is normal or not.
-    uint32_t value = as_bits(as_float(magnitude << 13) * 0x1p112f);
+    uint32_t magnitude = bits & 0x7FFF, normal = (magnitude << 13) + (112u << 23);
+    // With one exponent more a subnormal has a leading one, 2^-14, which is taken off again.
+    uint32_t subnormal = as_bits(as_float(normal + (1u << 23)) - 0x1p-14f);
     uint32_t special = 0x7F800000 | (magnitude & 0x3FF) << 13;
+    uint32_t value = magnitude < 0x400 ? subnormal : normal;
     return as_float(uint32_t(bits & 0x8000) << 16 | (magnitude < 0x7C00 ? value : special));
 }
 
@@ -104,7 +106,8 @@ uint16_t float_to_fp16(float value) {
     // Adding a power of two leaves the bits that fp16 keeps, rounded to nearest even by the addition.
     uint32_t exponent = std::min<uint32_t>(std::max<uint32_t>(magnitude >> 23, 113), 143);
     float shift = as_float((exponent + 13) << 23), kept = (as_float(magnitude) + shift) - shift;
-    uint32_t half = as_bits(kept * 0x1p-112f) >> 13;
+    uint32_t normal = (as_bits(kept) >> 13) - (112u << 10), subnormal = as_bits(kept + 0.5f) - as_bits(0.5f);
+    uint32_t half = kept < 0x1p-14f ? subnormal : normal;
     half = magnitude >= 0x477FF000 ? 0x7C00 : half;  // 65520 and beyond round to infinity
     half = magnitude > 0x7F800000 ? 0x7E00 : half;
     return uint16_t(bits >> 16 & 0x8000) | uint16_t(half);
