@@ -282,7 +282,7 @@ class CruxyOptimizer(Optimizer):
         found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
         by_tensor = self.clip == "tensor"
-        clip = self._histories.of(batches, self._rows, self.state) if by_tensor else self.clip
+        clip = self._histories.of(batches, self._rows, self._state) if by_tensor else self.clip
         parts = [
             _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
         ]
