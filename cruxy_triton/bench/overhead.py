@@ -1,8 +1,8 @@
 """What the guard costs: the same training step with and without it, interleaved, as a ratio of each round.
 
 Two copies of a small transformer take the same batches, one under the guard; which of them comes first changes from
-round to round. Of each step forward, backward, optimizer and `zero_grad` are timed, by the clock and by the process's own
-CPU time, which other programs on the machine move less. The guard's snapshots are taken in the steps before.
+round to round. Of each step forward, backward, optimizer and `zero_grad` are timed, by the clock and by the CPU time of
+the process, which other programs on the machine move less. The guard takes no snapshots in these steps.
 """
 
 import statistics
