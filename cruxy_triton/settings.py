@@ -79,6 +79,17 @@ class Setting:
         upper = f" to {self.maximum}" if self.maximum is not None else f" to below {self.below}" if self.below else ""
         return f"{noun} from {self.minimum}{upper}{unit}" if upper else f"{noun} of at least {self.minimum}{unit}"
 
+    def explained(self, command: str) -> str:
+        """The help text, with what holds where nothing is given."""
+        if command == "plan" and self.searched:
+            default = "searched"
+        elif self.required and not self.left_open:
+            return self.help
+        else:
+            shown = {True: "on", False: "off"}.get(self.default) if self.kind == "switch" else str(self.default)
+            default = self.left_open or (" ".join(self.default) if self.kind == "names" else shown)
+        return f"{self.help} (default: {default})"
+
     def refuse(self, value: Any) -> UserError:
         near = suggestion(str(value), map(str, self.choices))
         return UserError(f"{self.flag or self.metavar} is {value!r}; expected {self.expected}{near}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cruxy_triton.bench.stress import FULL, CharacterModel, Size
+from cruxy_triton.bench.characters import CharacterModel, Size
 from cruxy_triton.guard import Policy, TrainingGuard
 from cruxy_triton.optimizer import CruxyOptimizer
 
@@ -50,7 +50,7 @@ def _adapted(symbols: int, size: Size) -> CharacterModel:
 
 
 MODELS: dict[str, tuple[Callable[[int, Size], CharacterModel], int, Size]] = {
-    "0.8 M": (CharacterModel, 65, FULL),
+    "0.8 M": (CharacterModel, 65, Size()),
     "demo": (CharacterModel, DEMO_SYMBOLS, DEMO),
     "demo, adapters": (_adapted, DEMO_SYMBOLS, DEMO),
 }

@@ -89,12 +89,14 @@ uint16_t float_to_bf16(float value) {
     return uint16_t(sign | (magnitude < 0x7F800000 ? nearest : special));
 }
 
-// fp16 by its bits and without a branch: compilers do not vectorise their own conversion everywhere.
+// fp16 by its bits and without a branch: compilers do not vectorise their own conversion everywhere. No fp32 in
+// between is subnormal: many processors are slow with those.
 float fp16_to_float(uint16_t bits) {
-    uint32_t magnitude = bits & 0x7FFF;
-    // As an fp32 of the same fields the value is 2^112 too small, whether it is normal or not.
-    uint32_t value = as_bits(as_float(magnitude << 13) * 0x1p112f);
+    uint32_t magnitude = bits & 0x7FFF, normal = (magnitude << 13) + (112u << 23);
+    // With one exponent more a subnormal has a leading one, 2^-14, which is taken off again.
+    uint32_t subnormal = as_bits(as_float(normal + (1u << 23)) - 0x1p-14f);
     uint32_t special = 0x7F800000 | (magnitude & 0x3FF) << 13;
+    uint32_t value = magnitude < 0x400 ? subnormal : normal;
     return as_float(uint32_t(bits & 0x8000) << 16 | (magnitude < 0x7C00 ? value : special));
 }
 
@@ -104,7 +106,8 @@ uint16_t float_to_fp16(float value) {
     // Adding a power of two leaves the bits that fp16 keeps, rounded to nearest even by the addition.
     uint32_t exponent = std::min<uint32_t>(std::max<uint32_t>(magnitude >> 23, 113), 143);
     float shift = as_float((exponent + 13) << 23), kept = (as_float(magnitude) + shift) - shift;
-    uint32_t half = as_bits(kept * 0x1p-112f) >> 13;
+    uint32_t normal = (as_bits(kept) >> 13) - (112u << 10), subnormal = as_bits(kept + 0.5f) - as_bits(0.5f);
+    uint32_t half = kept < 0x1p-14f ? subnormal : normal;
     half = magnitude >= 0x477FF000 ? 0x7C00 : half;  // 65520 and beyond round to infinity
     half = magnitude > 0x7F800000 ? 0x7E00 : half;
     return uint16_t(bits >> 16 & 0x8000) | uint16_t(half);
@@ -253,13 +256,15 @@ struct AdamW {
 };
 
 template <class Rule>
-void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int threads) {
+void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+            int threads) {
     auto pieces = cut(rows, tensors);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const Row& row = rows[piece.tensor];
-        const Values& c = values[row.row];
+        Values c = values[row.row];
         if (c.skip != 0) return;
+        if (factors) c.factor *= factors[row.index];
         const float multiplier = multipliers ? multipliers[row.index] : 1.0f;
         float p[BLOCK], g[BLOCK], state[2][BLOCK];
         for (int64_t k = 0; k < piece.length; k += BLOCK) {
@@ -323,14 +328,17 @@ void telemetry(const Row* rows, int64_t tensors, float gamma, int per_tensor, fl
     for (size_t i = 0; i < sums.size(); ++i) totals[i] = float(sums[i]);
 }
 
-// values: one for each control row. multipliers: float, by Row::index, or null. flags: the rule's, as rules/ has them.
-void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int, int threads) {
-    update<Lion>(rows, tensors, values, multipliers, threads);
+// values: one for each control row. multipliers (of the step) and factors (of the gradient): float, by Row::index, or
+// null. flags: the rule's, as rules/ has them.
+void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors, int,
+          int threads) {
+    update<Lion>(rows, tensors, values, multipliers, factors, threads);
 }
 
-void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int flags, int threads) {
+void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+           int flags, int threads) {
     auto run = flags & 1 ? (flags & 2 ? update<AdamW<true, true>> : update<AdamW<true, false>>)
                          : (flags & 2 ? update<AdamW<false, true>> : update<AdamW<false, false>>);
-    run(rows, tensors, values, multipliers, threads);
+    run(rows, tensors, values, multipliers, factors, threads);
 }
 }
