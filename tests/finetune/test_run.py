@@ -598,3 +598,26 @@ def test_who_clips_each_tensor(optimizer: str, train, tmp_path: Path, monkeypatc
     assert getattr(made[0].optimizer, "clip", "tensor") == "tensor"
     with pytest.raises(UserError, match=r"--clip tensor with --optimizer sgd is done by the guard"):
         Recipe("m", "d", "o", clip="tensor", optimizer="sgd", guard="observe")
+
+
+def test_the_plot_has_the_regimes_and_the_actions(tmp_path: Path, monkeypatch) -> None:
+    from matplotlib import pyplot
+
+    from cruxy_triton.finetune import report
+
+    regimes = ["warming"] * 3 + ["stable"] * 2 + ["unstable"] * 2 + ["recovering"]
+    shown = [{"step": i, "loss": 5.0 - i, "lr": 1e-3, "regime": regime} for i, regime in enumerate(regimes, 1)]
+    shown[5] |= {"loss": None, "actions": ["skip"]}
+    shown[6] |= {"actions": ["skip", "rollback"]}
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    report.plot([{"step": 0, "eval_loss": 5.0}, *shown], tmp_path / "plot.png", "title")
+    axes = kept[0].axes
+    for axis in axes:
+        spans = [(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches]
+        assert spans == [(0.5, 3.5), (3.5, 5.5), (5.5, 7.5), (7.5, 8.5)]
+    marks = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    assert (marks["skip"], marks["rollback"]) == ([[6.0, 0.0], [7.0, -2.0]], [[7.0, -2.0]])
+    named = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert {"warming", "unstable", "recovering", "skip", "rollback"} <= set(named)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
