@@ -522,7 +522,7 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_is_named(train, tmp_pa
     (skip,) = [event for event in events(tmp_path / "run") if event["kind"] == "skip"]
     assert skip["step"] == 3
     assert skip["layer"].endswith("layers.0.self_attn.v_proj.lora_B.default.weight")
-    assert skip["batch"].startswith("'What is ")
+    assert skip["batch"].startswith("'Question: What is ")
     assert [row.get("actions") for row in rows(tmp_path / "run") if "loss" in row] == [None, None, ["skip"], None, None]
     assert any(line.startswith("guard: 5 steps") and "1 x skip" in line for line in said)
     report = (tmp_path / "run" / "report.md").read_text()
@@ -577,7 +577,10 @@ def test_clipping_is_what_is_asked_for(train, tmp_path: Path) -> None:
     """sgd's first step moves B, which begins at zero, by the learning rate times the gradient."""
     lengths = {}
     for clip in ("global", "none"):
-        train(output=clip, clip=clip, optimizer="sgd", lr=0.5, lr_schedule="constant", lora_alpha=500, max_steps=1)
+        train(
+            output=clip, clip=clip, guard="observe", optimizer="sgd", lr=0.5, lr_schedule="constant", lora_alpha=500,
+            max_steps=1,
+        )  # fmt: skip
         weights = load_file(tmp_path / clip / ADAPTER)
         lengths[clip] = torch.stack([w.norm() for name, w in weights.items() if "lora_B" in name]).norm().item()
         (row,) = [row for row in rows(tmp_path / clip) if "loss" in row]
