@@ -42,7 +42,7 @@ class Batch:
         self.params.append(param)
         self.grads.append(grad)
         for name, tensor in state.items():
-            if name != "step":
+            if name not in groups.NO_MOMENTS:
                 self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
         self.ids.append(number)
@@ -58,27 +58,39 @@ class Batch:
         self.prepared = prepared if prepared.usable else None
         return prepared.usable
 
-    def telemetry(self, gamma: float, found_inf: Tensor | None, backend: str | None) -> Tensor:
-        """The statistics of the gradients on all ranks, (n, 4): their sum is the total."""
+    def telemetry(self, gamma: float, found_inf: Tensor | None, backend: str | None, by_tensor: bool = False) -> Tensor:
+        """The statistics of the gradients on all ranks, (n, 4): their sum is the total. by_tensor: see `spans`."""
         if self.prepared is not None:
-            return self.prepared.telemetry(gamma)
-        part = kernels.gradient_telemetry(self.grads, gamma=gamma, partial=self.mesh is None, backend=backend)
+            return self.prepared.telemetry(gamma, by_tensor=by_tensor)
+        part = kernels.gradient_telemetry(
+            self.grads, gamma=gamma, per_tensor=by_tensor, partial=self.mesh is None, backend=backend
+        )
         if self.mesh is None:
             return part
         if found_inf is not None:  # a rank's GradScaler knows only its own shards
-            part[L.COUNT_NONFINITE] += found_inf.to(part.device, non_blocking=True).reshape(())
+            first = part.view(-1, L.NUM_TELEMETRY)[0]
+            first[L.COUNT_NONFINITE] += found_inf.to(part.device, non_blocking=True).reshape(())
         return distributed.over_mesh(part, self.mesh)
 
-    def update(self, control: Tensor, backend: str | None) -> None:
+    def spans(self) -> Tensor:
+        """int32 (tensors, 2) on the CPU: of each tensor the first row of `telemetry(by_tensor=True)`, and how many."""
+        spans = None if self.prepared is None else self.prepared.spans()
+        count = len(self.params)
+        return torch.stack((torch.arange(count), torch.ones(count)), 1).int() if spans is None else spans
+
+    def update(self, control: Tensor, backend: str | None, grad_factors: Tensor | None = None) -> None:
+        """The update; `grad_factors`: float32 (tensors,), on any device."""
         if control.device != self.device:
             control = control.to(self.device, non_blocking=True)
+        if grad_factors is not None:
+            grad_factors = grad_factors.to(self.device, non_blocking=True)
         if self.prepared is not None:
-            self.prepared.update(control)
+            self.prepared.update(control, grad_factors=grad_factors)
             return
         grads = [_centralized(g) if g.dim() > 1 and g.numel() else g for g in self.grads] if self.use_gc else self.grads
         kernels.update_(
-            self.rule, self.params, grads, self.state, control, rows=self.rows, ids=self.ids, backend=backend,
-            **groups.named_flags(self.rule, self.flags),
+            self.rule, self.params, grads, self.state, control, rows=self.rows, ids=self.ids,
+            grad_factors=grad_factors, backend=backend, **groups.named_flags(self.rule, self.flags),
         )  # fmt: skip
 
 

@@ -20,11 +20,14 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.batches import Batch, StepPlan
+from cruxy_triton.clipping import Histories
 from cruxy_triton.controllers.meta import slow_loop
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
 from cruxy_triton.metrics import History, Reader, calls, named
 from cruxy_triton.rows import ControlRows
+
+CLIPPING = ("global", "tensor", None)
 
 
 class CruxyOptimizer(Optimizer):
@@ -52,6 +55,9 @@ class CruxyOptimizer(Optimizer):
             only the clamps of the published laws, and switches the early warning's intervention off.
         guard: keep outlier steps (4x the running level, unless five in a row) out of the statistics, and
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
+        clip: "global", the mode's own limit of the norm of all gradients together (stability_v1 has none); "tensor",
+            each tensor's gradient at 1.05 times the norms it has had (AdaGC; docs/laws.md, section 2.6), in its
+            place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
         seed: of the random bits with which 16-bit parameters are rounded, a whole number below 2^24.
@@ -94,6 +100,7 @@ class CruxyOptimizer(Optimizer):
         state_bits: int = 32,
         bounds: tuple[float, float] | None = (0.1, 4.0),
         guard: bool = True,
+        clip: str | None = "global",
         backend: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -121,6 +128,8 @@ class CruxyOptimizer(Optimizer):
             raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'native', 'torch' or None")
         if state_bits not in CODECS:
             raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, sorted(CODECS)))}")
+        if clip not in CLIPPING:
+            raise ValueError(f"clip is {clip!r}; expected one of {', '.join(map(repr, CLIPPING))}")
         if not (isinstance(history, int) and history >= 0):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         if not (isinstance(seed, int) and 0 <= seed < 1 << 24):
@@ -133,8 +142,10 @@ class CruxyOptimizer(Optimizer):
         self.gamma_norm = gamma_norm
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.guard = guard
+        self.clip = clip
         self.seed = seed
         self._rows = ControlRows()
+        self._histories = Histories()
         self._settings: list[Settings] = []
         self._plan: StepPlan | None = None
         # A dict, because wrappers that copy this object's attributes have to share it.
@@ -270,15 +281,22 @@ class CruxyOptimizer(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
-        parts = [_moved(batch.telemetry(self.gamma_norm, found_inf, self.backend), device) for batch in batches]
+        by_tensor = self.clip == "tensor"
+        clip = self._histories.of(batches, self._rows, self.state) if by_tensor else self.clip
+        parts = [
+            _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
+        ]
         kernels.control_step(
             control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded),
-            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, backend=self.backend,
+            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, clip=clip, backend=self.backend,
         )  # fmt: skip
         if self.mode == "meta3" and (self.param_groups[0]["capturable"] or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None, log=log, backend=self.backend)
-        for batch in batches:
-            batch.update(control, self.backend)
+        factors = [None] * len(batches)
+        if isinstance(clip, kernels.TensorClip):
+            factors = clip.factors.split([len(batch.params) for batch in batches])
+        for batch, own in zip(batches, factors, strict=True):
+            batch.update(control, self.backend, own)
         return result
 
     def _gather(self, sharded: bool) -> list[Batch]:
@@ -444,12 +462,13 @@ class CruxyOptimizer(Optimizer):
             if result is not None:
                 state_dict = result
         loaded = checkpoint.read(
-            state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, defaults=self.defaults
-        )
+            state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, clip=self.clip,
+            defaults=self.defaults,
+        )  # fmt: skip
         self.__setstate__({"state": loaded.state, "param_groups": loaded.groups})
         self._seen = {"state": False}  # all its tensors are copies
         self._plan = None
-        self._rows = ControlRows()
+        self._rows, self._histories = ControlRows(), Histories()
         self._rows.follow(loaded.groups)
         for index, (control, ages) in enumerate(zip(loaded.controls, loaded.ages, strict=True)):
             self._rows.restore(index, control, ages)
@@ -518,6 +537,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _unknown_argument(name: str) -> str:
     why = {
+        "max_grad_norm": "clip= says how gradients are clipped",
         "fused": "every step is fused, so leave it out",
         "foreach": "every step takes all tensors at once, so leave it out",
         "amsgrad": "there is no amsgrad form",

@@ -18,6 +18,7 @@ from cruxy_triton.settings import suggestion
 # name: one line of help; its module is cruxy_triton.cli.<name>
 COMMANDS = {
     "plan": "does a model train on a card, and with which settings",
+    "page": "the planner as a web page: static files for any host",
     "finetune": "fine-tune a causal language model with LoRA",
     "kernels": "cross-compile every kernel; registers, spills, load widths",
     "bench": "the optimizer step against others; the momentum codec",

@@ -118,7 +118,9 @@ class Telemetry:
             ratio = torch.where(count[:n] > 0, math.log(self.policy.tensor_ratio), math.inf)
             limit[:n] = torch.minimum(limit[:n], ratio)
         under = (limit - delta).clamp(max=0)
-        if not self.policy.clip_tensors:
+        if not self.policy.clip:
+            under.zero_()
+        elif not self.policy.clip_tensors:
             under[:n] = 0
 
         checked = norms[n] if loss is None else norms[n] + value  # finite only where both are

@@ -256,13 +256,15 @@ struct AdamW {
 };
 
 template <class Rule>
-void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int threads) {
+void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+            int threads) {
     auto pieces = cut(rows, tensors);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const Row& row = rows[piece.tensor];
-        const Values& c = values[row.row];
+        Values c = values[row.row];
         if (c.skip != 0) return;
+        if (factors) c.factor *= factors[row.index];
         const float multiplier = multipliers ? multipliers[row.index] : 1.0f;
         float p[BLOCK], g[BLOCK], state[2][BLOCK];
         for (int64_t k = 0; k < piece.length; k += BLOCK) {
@@ -320,7 +322,7 @@ struct Statistics {
     const float* loss;  // null: none was given
 };
 
-void row_law(float* slot, const Statistics& s, int law) {
+void row_law(float* slot, const Statistics& s, int law, bool clip_global) {
     const float INFINITE = std::numeric_limits<float>::infinity();
     const float sum_pow = s.sum_pow * (s.inverse == 1 ? 1.0f : std::pow(s.inverse, slot[L::GAMMA]));
     const float step = slot[L::STEP] + 1, age = slot[L::AGE] + 1, lr = slot[L::LR];
@@ -408,6 +410,7 @@ void row_law(float* slot, const Statistics& s, int law) {
             trend = due ? std::tanh((v_fast - reference) / (reference + L::META_EPS)) : 0.0f;
         }
     }
+    if (!clip_global) threshold = INFINITE;
     const float clip = clamp(threshold / (s.norm + L::CLIP_EPS), -INFINITE, 1);
 
     slot[L::STEP] = step;
@@ -444,9 +447,11 @@ void row_law(float* slot, const Statistics& s, int law) {
 extern "C" {
 
 // control: float (rows, L::NUM_SLOTS). telemetry: float (parts, 4). loss, found_inf, grad_scale: null or one float.
-// log: null or float (log_length, L::NUM_SLOTS). law: layout.py's number of it.
+// log: null or float (log_length, L::NUM_SLOTS). law: layout.py's number of it. clip_global: whether
+// the norm of all gradients together is limited.
 void control_law(float* control, int64_t rows, const float* telemetry, int64_t parts, const float* loss,
-                 const float* found_inf, const float* grad_scale, float* log, int64_t log_length, int law) {
+                 const float* found_inf, const float* grad_scale, float* log, int64_t log_length, int law,
+                 int clip_global) {
     double total[4] = {};
     for (int64_t i = 0; i < parts; ++i) {
         const float* part = telemetry + 4 * i;
@@ -465,7 +470,7 @@ void control_law(float* control, int64_t rows, const float* telemetry, int64_t p
     }
     for (int64_t row = 0; row < rows; ++row) {
         float* slot = control + row * L::NUM_SLOTS;
-        if (good) row_law(slot, s, law);
+        if (good) row_law(slot, s, law, clip_global);
         slot[L::SKIPPED] += !good;
         slot[L::SKIP] = !good;
         slot[L::TREND] = good ? slot[L::TREND] : 0.0f;
@@ -499,14 +504,17 @@ void telemetry(const Row* rows, int64_t tensors, float gamma, int per_tensor, fl
     for (size_t i = 0; i < sums.size(); ++i) totals[i] = float(sums[i]);
 }
 
-// values: one for each control row. multipliers: float, by Row::index, or null. flags: the rule's, as rules/ has them.
-void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int, int threads) {
-    update<Lion>(rows, tensors, values, multipliers, threads);
+// values: one for each control row. multipliers (of the step) and factors (of the gradient): float, by Row::index, or
+// null. flags: the rule's, as rules/ has them.
+void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors, int,
+          int threads) {
+    update<Lion>(rows, tensors, values, multipliers, factors, threads);
 }
 
-void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int flags, int threads) {
+void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+           int flags, int threads) {
     auto run = flags & 1 ? (flags & 2 ? update<AdamW<true, true>> : update<AdamW<true, false>>)
                          : (flags & 2 ? update<AdamW<false, true>> : update<AdamW<false, false>>);
-    run(rows, tensors, values, multipliers, threads);
+    run(rows, tensors, values, multipliers, factors, threads);
 }
 }

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..codec import scale_name
 from ..laws import layout as L
+from ..laws.clipping import TensorClip, tensor_law
 from ..rules import Rule
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -54,9 +55,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     flag = ctypes.c_int
     loaded.telemetry.argtypes = [pointer, integer, real, flag, pointer, flag]
-    loaded.control_law.argtypes = [pointer, integer, pointer, integer, *[pointer] * 4, integer, flag]
+    loaded.control_law.argtypes = [pointer, integer, pointer, integer, *[pointer] * 4, integer, flag, flag]
     for name in RULES_SERVED:
-        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, flag, flag]
+        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, pointer, flag, flag]
     for name in ("telemetry", "control_law", *RULES_SERVED):
         getattr(loaded, name).restype = None
     return loaded, f"loops compiled by {version}"
@@ -204,14 +205,21 @@ def run_telemetry(table: Tensor, gamma: float, per_tensor: bool = False) -> Tens
     return out if per_tensor else out[0]
 
 
-def run_update(rule: Rule, table: Tensor, control: Tensor, lr_multipliers: Tensor | None, flags: int) -> None:
+def run_update(
+    rule: Rule,
+    table: Tensor,
+    control: Tensor,
+    lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
+    flags: int,
+) -> None:
     """The rule over a table; `flags` is `Rule.bits`."""
     # native.cpp's Values of each control row.
     values = control[:, [L.SKIP, L.GRAD_FACTOR, L.LR_OUT, L.WEIGHT_DECAY, L.BETA1_OUT, L.BETA2_OUT, L.EPS,
                          L.BIAS_CORRECTION1, L.BIAS_CORRECTION2_SQRT, L.STEP, L.SEED]]  # fmt: skip
-    factors = None if lr_multipliers is None else lr_multipliers.data_ptr()
+    multipliers, factors = (None if v is None else v.data_ptr() for v in (lr_multipliers, grad_factors))
     threads = torch.get_num_threads()
-    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), factors, flags, threads)
+    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), multipliers, factors, flags, threads)
 
 
 def control(
@@ -222,13 +230,18 @@ def control(
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
     log: Tensor | None = None,
+    clip: str | TensorClip | None = "global",
 ) -> None:
     """`dispatch.control_step`, with arguments that it has checked."""
     numbers = [None if value is None else value.data_ptr() for value in (loss, found_inf, grad_scale, log)]
     parts, length = telemetry.numel() // L.NUM_TELEMETRY, 0 if log is None else log.shape[0]
     _loops().control_law(
-        control.data_ptr(), control.shape[0], telemetry.data_ptr(), parts, *numbers, length, L.LAWS[law]
-    )
+        control.data_ptr(), control.shape[0], telemetry.data_ptr(), parts, *numbers, length, L.LAWS[law],
+        clip == "global",
+    )  # fmt: skip
+    if isinstance(clip, TensorClip):
+        inverse = 1.0 if grad_scale is None else grad_scale.reciprocal()
+        tensor_law(clip, telemetry, control[0, L.GRAD_NORM], inverse, control[0, L.SKIP] > 0)
 
 
 def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
@@ -246,6 +259,7 @@ def update(
     rows: Sequence[int] | None,
     ids: Sequence[int] | None,
     lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
     flags: int,
 ) -> None:
     """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
@@ -253,7 +267,8 @@ def update(
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
     states, scales = [here[name] for name in rule.state], [here.get(scale_name(name)) for name in rule.state]
     grads = [g.contiguous() for g in grads]
-    run_update(rule, table_of(here[""], grads, states, scales, rows, ids), control, lr_multipliers, flags)
+    table = table_of(here[""], grads, states, scales, rows, ids)
+    run_update(rule, table, control, lr_multipliers, grad_factors, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):
             if copy is not tensor:
