@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
     step.add_argument("--host", action="store_true", help="what a step costs its host, kernels counted and not started")
+    step.add_argument("--cases", action="store_true", help="shapes that are dear on a CPU, against torch's AdamW")
     codec = kinds.add_parser("codec", help="sign flips of 8-bit momentum on recorded gradients")
     codec.add_argument("--gradients", type=Path, required=True, help="folder or file of recorded gradients")
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
@@ -96,12 +97,14 @@ def cell(value: Any) -> str:
 def run_step(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from cruxy_triton.bench import host, step
+    from cruxy_triton.bench import cases, host, step
 
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UserError("--rounds and --threads must be at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.cases:
+        return cases.run(args.rounds, args.only)
     if args.host:
         return host.run(args.census, args.rounds, args.only)
     return step.run(args.device, args.census, args.rounds, args.dtype, args.only)

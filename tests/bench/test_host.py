@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cruxy_triton.bench import census, host
+from cruxy_triton.bench import cases, census, host
 from cruxy_triton.cli import main
 from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
 
@@ -64,6 +64,20 @@ def test_the_counter_sees_what_is_there(make):
         assert launches == {"control_kernel": 1, "telemetry_kernel": 2, "update_kernel": 2}
         assert operators.counts["clone"] == 2  # the gradient, for telemetry and update
     assert not any(p.any() for p in case.params)
+
+
+def test_cases_command(monkeypatch, capsys):
+    """Every case runs, and takes the same step as in any other loop."""
+    for name, case in cases.CASES.items():
+        monkeypatch.setitem(cases.CASES, name, case._replace(elements=min(case.elements, 300)))
+    assert main(["bench", "step", "--cases", "--rounds", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["case"] for row in report["rows"]] == list(cases.CASES)
+    for row in report["rows"]:
+        assert row["torch AdamW, ms"] > 0
+        assert row["MetaLion x torch"] > 0
+    assert main(["bench", "step", "--cases", "--only", "no such thing"]) == 2
+    assert "expected a part of one of 3 M, fp32" in capsys.readouterr().err
 
 
 def test_command(monkeypatch, capsys):
