@@ -11,6 +11,7 @@ from cruxy_triton.guard import plot as guard_plot
 
 MIB = 1 << 20
 SHOWN_EVENTS = 20
+CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
@@ -46,7 +47,10 @@ def write(folder: RunFolder, run: dict[str, Any]) -> None:
     """Writes plot.png and report.md from the run's record and its metrics."""
     rows = folder.read_metrics()
     plot(rows, folder.path / "plot.png", f"{Path(run['recipe']['model']).name} on {Path(run['recipe']['data']).name}")
-    files.write_text(folder.path / "report.md", markdown(run, rows))
+    text = markdown(run, rows)
+    if (folder.path / CHART).is_file():
+        text += f"## Memory over one step\n\n![planned memory over one step, and the measured peak]({CHART})\n"
+    files.write_text(folder.path / "report.md", text)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -146,7 +146,8 @@ def _regions(moments: Sequence[Moment], step: float) -> Markup:
         if x > LEFT:
             drawn.append(tag("line", class_="part", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=TOP, y2=HEIGHT - BOTTOM + 5))
         short = name if width > 6.5 * len(name) else f"{name[:3]}." if width > 26 else ""
-        drawn.append(tag("text", tag("title", name), short, x=f"{x + width / 2:.1f}", y=HEIGHT - 6, text_anchor="middle"))
+        middle = f"{x + width / 2:.1f}"
+        drawn.append(tag("text", tag("title", name), short, x=middle, y=HEIGHT - 6, text_anchor="middle"))
         x += width
     return joined(*drawn)
 
