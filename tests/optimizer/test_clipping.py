@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -224,6 +225,9 @@ def test_every_batch_gets_its_own_factors(backend, use_gc):
         assert optimizer.state[p]["clip"].tolist() == pytest.approx([0.06 * (i + 1) * 1.001, 30], rel=1e-3)
         momentum = (optimizer.state[p]["exp_avg"] * signs).float() / (0.01 * (i + 1))
         assert 0.8 < momentum.min() <= momentum.max() < 1.06
+    gradients_left = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    assert not any(ref() is not None for ref in gradients_left)
 
 
 def test_from_and_to_other_clipping():
