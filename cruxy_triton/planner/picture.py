@@ -129,7 +129,9 @@ def _area(above: Sequence[float], below: Sequence[float], step: float) -> str:
 
 def _scale(top: float, y: Callable[[float], float], width: int) -> Markup:
     """Lines at round amounts."""
-    unit = next(n for n in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if top / GiB / n <= 6)
+    unit = next((n for n in (0.1, 0.25, 0.5) if top / GiB / n <= 6), 1)
+    while top / GiB / unit > 6:
+        unit *= 2
     drawn = []
     for index in range(int(top / GiB / unit) + 1):
         at = y(index * unit * GiB)

@@ -249,6 +249,8 @@ def test_configs_from_the_hub_and_from_a_file() -> None:
         assert refused["field"] == "model"
         assert said in refused["error"]
     assert "characters" in ask(model="x", gpu="t4", config="x" * (1 << 21))["error"]
+    nested = ask(model="x", gpu="t4", config='{"a":' * 200 + "1" + "}" * 200)
+    assert "nested more than 100 levels deep" in nested["error"]
     assert ask(model="phi-2")["field"] == "vram_bytes"
     assert "unknown GPU" in ask(model="phi-2", gpu="auto")["error"]
 
@@ -267,10 +269,11 @@ def test_what_strangers_send_stays_text(hostile: dict[str, list[str]]) -> None:
         requests.append({"gpu": "t4", **dict(urllib.parse.parse_qsl(link))})
     assert len(requests) == 30
     for request in requests:
-        found = ask(**request)
+        planner = answer.Planner()
+        found = json.loads(planner.answer(json.dumps(request)))
         assert found.keys() & {"error", "plan", "fetch"}
-        for part in ("verdict", "detail"):
-            assert not Read(found.get(part, "")).active()
+        for part in (found.get("verdict", ""), found.get("detail", ""), planner.picture(400)):
+            assert not Read(part).active()
 
 
 def test_markup_escapes_everything_but_itself() -> None:
