@@ -30,6 +30,7 @@ FLOORS = [
         "cruxy_triton.metrics",
         "cruxy_triton.distributed",
         "cruxy_triton.checkpoint",
+        "cruxy_triton.clipping",
         "cruxy_triton.optimizer",
     },
     {"cruxy_triton.guard"},
