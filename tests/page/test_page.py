@@ -21,7 +21,7 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.page import answer, build, form
 from cruxy_triton.planner import load_card, load_model, plan
 from cruxy_triton.planner.markup import Markup, tag
-from cruxy_triton.planner.picture import chart, standalone
+from cruxy_triton.planner.picture import standalone
 from cruxy_triton.planner.search import step_of
 from cruxy_triton.planner.timeline import REGIONS, timeline
 
@@ -316,7 +316,7 @@ def test_the_chart_is_the_plan_over_time(model: str, card: str, given: dict) -> 
 def test_the_picture_is_well_formed_and_true_to_scale() -> None:
     found = plan("tinyllama-1.1b", "gtx1650-gddr5")
     moments = timeline(step_of(load_model("tinyllama-1.1b"), load_card("gtx1650-gddr5"), found.config))
-    svg = standalone(chart(found, moments, {"measured": found.peak_bytes - 100 * 2**20}))
+    svg = standalone(found, moments, {"measured": found.peak_bytes - 100 * 2**20})
     root = ElementTree.fromstring(svg)
     space = {"s": "http://www.w3.org/2000/svg"}
     across = {line.get("class"): float(line.get("y1")) for line in root.iterfind("s:line", space) if line.get("y1")}
