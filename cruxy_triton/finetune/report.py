@@ -10,8 +10,8 @@ from cruxy_triton.guard import Regime
 from cruxy_triton.guard import plot as guard_plot
 
 MIB = 1 << 20
-CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 SHOWN_EVENTS = 20
+CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
