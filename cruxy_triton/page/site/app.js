@@ -284,5 +284,6 @@ async function keep() {
   }
 }
 
+$("unstarted").remove();
 launch();
 recall();
