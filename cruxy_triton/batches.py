@@ -137,7 +137,7 @@ class StepPlan:
         """
         if key != self._key or any([p.grad is not None for p in self._absent]):
             return False
-        grads = [p.grad for p in self._params]
+        grads: list[Any] = [p.grad for p in self._params]  # one that is missing is noticed below
         try:
             addresses = list(map(_address, grads))
             same = list(map(_address, self._params)) == self._param_addresses
