@@ -137,7 +137,7 @@ class StepPlan:
         """
         if key != self._key or any([p.grad is not None for p in self._absent]):
             return False
-        grads: list[Any] = [p.grad for p in self._params]
+        grads: list[Any] = [p.grad for p in self._params]  # one that is missing is noticed below
         tensors = self._params + grads
         try:
             addresses = list(map(_address, grads))
