@@ -8,6 +8,7 @@ from cruxy_triton import files
 from cruxy_triton.finetune.folder import RunFolder
 
 MIB = 1 << 20
+SHOWN_SAMPLES = 5
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
@@ -153,11 +154,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     if run.get("resumed_at_steps"):
         lines.append(f"| resumed at step | {', '.join(map(str, run['resumed_at_steps']))} |")
-    if sample := run.get("sample"):
-        lines += ["", "## A held-out sample", ""]
-        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
-            if sample.get(key):
-                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    lines += _samples(run["samples"])
     lines += [
         "",
         "## Using the adapter",
@@ -173,6 +170,20 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _samples(samples: list[dict[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    lines = ["", "## Held-out samples", ""]
+    if asked := [s for s in samples if s["expected"]]:
+        before, after = (sum(s[when].strip() == s["expected"].strip() for s in asked) for when in ("before", "after"))
+        lines += [f"Of {len(asked)} answers {before} were exactly as expected before and {after} after.", ""]
+    for sample in samples[:SHOWN_SAMPLES]:
+        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
+            if sample[key]:
+                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    return lines
 
 
 def _memory(run: dict[str, Any]) -> str:
