@@ -253,7 +253,7 @@ class CruxyOptimizer(Optimizer):
         # torch would wrap every step in its hooks and a profiler's range: without any, that is a tenth of the time.
         if not (type(self).step is CruxyOptimizer.step and _observed(self)):
             return self._take_step(closure, loss=loss)
-        arguments = (self,) if closure is None else (self, closure)
+        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         return _observed_step(*arguments, **({} if loss is None else {"loss": loss}))
 
     step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -282,7 +282,7 @@ class CruxyOptimizer(Optimizer):
         found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
         by_tensor = self.clip == "tensor"
-        clip = self._histories.of(batches, self._rows, self.state) if by_tensor else self.clip
+        clip = self._histories.of(batches, self._rows, self._state) if by_tensor else self.clip
         parts = [
             _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
         ]

@@ -55,7 +55,7 @@ def counted_launches() -> Iterator[Counter[str]]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keeps torch to the calling thread: the time that others spin for it would be counted too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -184,7 +184,7 @@ def run(census_name: str = "lora-r8", rounds: int = 50, only: str | None = None)
         ),
     }
     rows, counts = [], {}
-    with counted_launches() as launches, _one_thread():
+    with counted_launches() as launches, one_thread():
         cases = [Case(name, *made) for name, made in makers.items() if only is None or only in name]
         for case in cases:
             for move in (False, True, False):  # state, tables

@@ -9,11 +9,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cruxy_triton.cli.arguments import add_settings, given
 from cruxy_triton.errors import UserError
-from cruxy_triton.planner import Card, Plan, card_names, load_card, load_model, model_names, plan
+from cruxy_triton.planner import Card, Plan, card_names, load_model, model_names, plan
 from cruxy_triton.planner.card import chosen_card
 from cruxy_triton.planner.render import render
 from cruxy_triton.planner.search import step_of

@@ -11,6 +11,7 @@ from cruxy_triton.guard import plot as guard_plot
 
 MIB = 1 << 20
 SHOWN_EVENTS = 20
+CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
@@ -46,7 +47,10 @@ def write(folder: RunFolder, run: dict[str, Any]) -> None:
     """Writes plot.png and report.md from the run's record and its metrics."""
     rows = folder.read_metrics()
     plot(rows, folder.path / "plot.png", f"{Path(run['recipe']['model']).name} on {Path(run['recipe']['data']).name}")
-    files.write_text(folder.path / "report.md", markdown(run, rows))
+    text = markdown(run, rows)
+    if (folder.path / CHART).is_file():
+        text += f"## Memory over one step\n\n![planned memory over one step, and the measured peak]({CHART})\n"
+    files.write_text(folder.path / "report.md", text)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -61,7 +65,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
-    # metrics.jsonl of another optimizer has neither
+    # Another optimizer has no phase, and without a guard no norm.
     panels = [("gradient norm", "grad_norm"), ("phase φ", "phase")]
     panels = [(label, name) for label, name in panels if any(row.get(name) is not None for row in steps)]
     count = 2 + len(panels)
@@ -74,10 +78,15 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     held_out = [row["eval_loss"] for row in evaluations]
     axes[0].plot([row["step"] for row in evaluations], held_out, "o", color="C3", label="held out")
     for axis in axes:
-        guard_plot.background(axis, _regimes(steps))
-    losses = {row["step"]: row["loss"] for row in steps if row["loss"] is not None}
-    kinds = {kind for row in steps for kind in row.get("actions", ())}
-    guard_plot.marks(axes[0], losses, {k: [r["step"] for r in steps if k in r.get("actions", ())] for k in kinds})
+        guard_plot.background(axis, _regimes(steps), named=axis is axes[0])
+    heights: dict[int, float] = {}  # of marks: a step without a finite loss has that of the step before
+    actions: dict[str, list[int]] = {}
+    for row in steps:
+        known = row["loss"] is not None
+        heights[row["step"]] = row["loss"] if known else next(reversed(heights.values()), 0.0)
+        for kind in row.get("actions", ()):
+            actions.setdefault(kind, []).append(row["step"])
+    guard_plot.marks(axes[0], heights, actions)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].legend()
     axes[1].plot(x, [row["lr"] for row in steps], color="C1", label="asked for")

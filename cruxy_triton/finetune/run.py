@@ -173,6 +173,7 @@ class _Run:
         # The plan is made from the plain shape; how a checkpoint is quantized already is in the recipe by now.
         shape = copy.deepcopy(self.config)
         shape.__dict__.pop("quantization_config", None)
+        self.shape = shape
         self.plan = memory.make_plan(recipe, shape, self.device, self.dtype, limit or needed, needed)
         for line in memory.describe(self.plan, recipe):
             say(line)
@@ -367,6 +368,8 @@ class _Run:
             }
         with files.writing(folder.path):
             report.save_adapter(self.model, self.tokenizer, folder, run)
+            card = memory.card_of(self.recipe, self.device)
+            memory.draw(folder.path / report.CHART, self.plan, self.shape, card, run["result"])
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)
         if status == "finished":

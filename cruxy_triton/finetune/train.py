@@ -444,7 +444,8 @@ class Telemetry(TrainerCallback):
         guard.settle()
         metrics = guard.metrics
         if metrics["step"] == row["step"]:
-            found |= {name: metrics[name] for name in {"grad_norm", "update_ratio"} & set(metrics) - set(row)}
+            new = [name for name in ("grad_norm", "update_ratio") if name in metrics and name not in row]
+            found |= {name: metrics[name] for name in new}
         found["regime"] = guard.regime.value
         if actions := [event.kind for event in guard.log.events[known:] if event.kind in ACTIONS]:
             found["actions"] = actions

@@ -279,20 +279,19 @@ class TrainingGuard:
 
     def _protect(self, verdict: T.Verdict, telemetry: T.Telemetry, calm: bool) -> None:
         """Skip or clip this step, in time."""
-        owners = [p for p in telemetry.params if p.grad is not None]
-        grads = [T.values(p.grad) for p in owners]
         if self._decides_on_device(telemetry.device):
             # The optimizer reads the flag on the device, as it does for a GradScaler: exact, and nobody waits.
             self._set_found_inf = not hasattr(self.optimizer, "found_inf")
             vars(self.optimizer)["found_inf"] = verdict.skip.float()
             if calm and self.policy.tensor_ratio is None:
-                _scale(grads, verdict.whole)
+                _scale([T.values(p.grad) for p in telemetry.params if p.grad is not None], verdict.whole)
                 return
         elif bool(verdict.skip):
-            self._hidden.hide(owners)
+            self._hidden.hide(telemetry.params)
             return
         elif not bool(verdict.clipped):
             return
+        grads = [T.values(p.grad) for p in telemetry.params if p.grad is not None]
         factors = (f for p, f in zip(telemetry.params, verdict.factors.unbind(), strict=True) if p.grad is not None)
         for grad, factor in zip(grads, factors, strict=True):
             grad.mul_(factor.to(grad.device, grad.dtype, non_blocking=True))

@@ -27,12 +27,15 @@ def spans(log: EventLog, last: int) -> list[tuple[int, int, Regime]]:
     return [*found, (start, max(last, start), current)]
 
 
-def background(axes: Any, regimes: Iterable[tuple[int, int, Regime]]) -> None:
-    """Colour the steps by their regimes, (first step, last step, regime) each; stable ones stay white."""
-    named = set()
+def background(axes: Any, regimes: Iterable[tuple[int, int, Regime]], *, named: bool = True) -> None:
+    """Colour the steps by their regimes, (first step, last step, regime) each; stable ones stay white.
+
+    `named`: for the legend.
+    """
+    seen = {Regime.STABLE} if named else set(Regime)
     for first, last, regime in regimes:
-        label = None if regime in named or regime is Regime.STABLE else regime.value
-        named.add(regime)
+        label = None if regime in seen else regime.value
+        seen.add(regime)
         axes.axvspan(first - 0.5, last + 0.5, color=COLOURS[regime], lw=0, label=label)
 
 

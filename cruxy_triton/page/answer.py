@@ -17,7 +17,15 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.page import words
 from cruxy_triton.page.form import WAYS
 from cruxy_triton.planner.card import Card, card_names, chosen_card
-from cruxy_triton.planner.lookup import hub_config, is_hub_id, json_object, model_profile, not_from_hub, unknown, unknown_model
+from cruxy_triton.planner.lookup import (
+    hub_config,
+    is_hub_id,
+    json_object,
+    model_profile,
+    not_from_hub,
+    unknown,
+    unknown_model,
+)
 from cruxy_triton.planner.models import shape_from_config
 from cruxy_triton.planner.plan import Plan
 from cruxy_triton.planner.search import plan, step_of
@@ -68,7 +76,7 @@ class Planner:
         if self._last is None:
             return ""
         found, shape, card = self._last
-        return words.over_a_step(found, timeline(step_of(shape, card, found.config)), width)
+        return words.over_one_step(found, timeline(step_of(shape, card, found.config)), width)
 
     def _plan(self, request: Mapping[str, str]) -> Plan:
         given = _given(request)

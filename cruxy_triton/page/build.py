@@ -14,12 +14,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import cruxy_triton
-from cruxy_triton import files
+from cruxy_triton import __version__, files
 from cruxy_triton.errors import UserError
 from cruxy_triton.page.form import form
 from cruxy_triton.planner.markup import Markup, joined, tag
@@ -35,13 +33,13 @@ LOADED = (
     ("python_stdlib.zip", 2_545_637, "sha384-xW3A5jmenkrPXbsgrIaB1FCJh9OuLT7FRMagsJMgtlhVc19k/mSy3+7nMaF/d767"),
 )
 SITE = ("app.js", "chart.js", "engine.js", "icon.svg", "style.css", "sw.js", "worker.js")
-SHIPPED = ("cruxy_triton.page", "cruxy_triton.planner", "cruxy_triton.profiles.gpus", "cruxy_triton.profiles.models")
+SHIPPED = ("page", "planner", "profiles")
 GROUND = ("__init__.py", "errors.py", "files.py", "settings.py")
 MARK = "page.json"  # by this file a folder is known as one that was written here
 
 
 def site(name: str) -> str:
-    return resources.files("cruxy_triton.page").joinpath("site", name).read_text(encoding="utf-8")
+    return resources.files("cruxy_triton.page").joinpath("site").joinpath(name).read_text(encoding="utf-8")
 
 
 def build(folder: str | Path, pyodide: str | Path | None = None) -> dict[str, int]:
@@ -68,7 +66,7 @@ def build(folder: str | Path, pyodide: str | Path | None = None) -> dict[str, in
 def _contents(pyodide: Path | None) -> dict[str, bytes]:
     found = {name: site(name).encode() for name in SITE}
     found["picture.css"] = stylesheet().encode()
-    about = f"Cruxy-Triton {cruxy_triton.__version__}, computed by Python in your browser (Pyodide {PYODIDE}). "
+    about = f"Cruxy-Triton {__version__}, computed by Python in your browser (Pyodide {PYODIDE}). "
     about += "The planner is the one of the command cruxy-triton plan, unchanged. No run on a card is promised: "
     about += "the verdict says by how much it may be off."
     page = site("index.html").replace("<!-- form -->", form()).replace("<!-- about -->", joined(about))
@@ -105,12 +103,11 @@ def _local(folder: Path, name: str, integrity: str) -> bytes:
 
 
 def archive() -> bytes:
-    """The planner, its profiles and what they import, as they are in the package: a ZIP, the same for the same files."""
-    ground = resources.files("cruxy_triton")
+    """Planner, profiles and what they import, as they are in the package: a ZIP, the same for the same files."""
+    ground = resources.files(__name__.partition(".")[0])
     members = {f"cruxy_triton/{name}": ground.joinpath(name).read_bytes() for name in GROUND}
     for package in SHIPPED:
-        members.update(_members(package))
-    members["cruxy_triton/profiles/__init__.py"] = b""
+        members.update(_members(resources.files(f"cruxy_triton.{package}"), f"cruxy_triton/{package}"))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
         for name, content in sorted(members.items()):
@@ -118,12 +115,12 @@ def archive() -> bytes:
     return packed.getvalue()
 
 
-def _members(package: str) -> Iterator[tuple[str, bytes]]:
-    parent, _, last = package.rpartition(".")
-    folder: Traversable = resources.files(parent).joinpath(last)
+def _members(folder: Any, path: str) -> Iterator[tuple[str, bytes]]:
     for item in folder.iterdir():
-        if item.name.endswith((".py", ".toml", ".css")):
-            yield f"{package.replace('.', '/')}/{item.name}", item.read_bytes()
+        if item.is_dir():
+            yield from _members(item, f"{path}/{item.name}")
+        elif item.name.endswith((".py", ".toml")) or item.name == "picture.css":
+            yield f"{path}/{item.name}", item.read_bytes()
 
 
 # -- one file ------------------------------------------------------------------------------------------------
@@ -141,5 +138,5 @@ def one_file(title: str, body: Markup) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
-    whole = tag("html", tag("head", head), tag("body", body, tag("script", Markup(script)), class_="file-page"), lang="en")
-    return f"<!doctype html>\n{whole}\n"
+    page = tag("body", body, tag("script", Markup(script)), class_="file-page")
+    return f"<!doctype html>\n{tag('html', tag('head', head), page, lang='en')}\n"

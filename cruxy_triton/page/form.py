@@ -41,7 +41,7 @@ def form() -> Markup:
     method = _labelled("way", "Method", SETTINGS["method"].help.replace("`", ""), way)
     files = tag(
         "p", tag("label", "or a config.json", for_="file"), tag("input", type="file", id="file", accept=".json"),
-        tag("span", " can be dropped anywhere on the page.", class_="note"), class_="file",
+        tag("span", " It can be dropped anywhere on the page, too.", class_="note"), class_="file",
     )  # fmt: skip
     hidden = (tag("input", type="hidden", name=name) for name in ("config", "config_name"))
     shown = [first["gpu"], by_memory, first["os"], first["model"], files, *hidden, method]
@@ -67,15 +67,17 @@ def _field(setting: Setting, label: str | Markup) -> Markup:
         default = setting.left_open or {True: "on", False: "off"}.get(setting.default, str(setting.default))
         if setting.searched:
             default, options = "", [("", "searched"), *options]
-        control = _choice(setting.name, [(x, f"{text} (default)" if x == default else text) for x, text in options], default)
+        marked = [(value, f"{text} (default)" if value == default else text) for value, text in options]
+        control = _choice(setting.name, marked, default)
     else:
         if setting.kind in ("int", "float"):
             explained += f"; {setting.expected}"
         numeric = {"int": "numeric", "float": "decimal"}.get(setting.kind)
         suggested = _suggestions(setting.name)
+        known = f"{setting.name}-list" if suggested else None
         control = tag(
             "input", type="text", id=setting.name, name=setting.name, value=START.get(setting.name, ""),
-            inputmode=numeric, autocomplete="off", spellcheck="false", list_=f"{setting.name}-list" if suggested else None,
+            inputmode=numeric, autocomplete="off", spellcheck="false", list_=known,
             aria_describedby=f"{setting.name}-help {setting.name}-error",
         )  # fmt: skip
         if suggested:

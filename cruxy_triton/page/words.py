@@ -33,12 +33,12 @@ def verdict(plan: Plan) -> Markup:
 def detail(plan: Plan, chart: Markup | None = None) -> Markup:
     """Everything under the verdict. Without a chart, room for one and alternatives as buttons: for the page."""
     how = tag("p", "" if plan.fits else "Nearest: ", describe(plan.config), class_="how")
-    return joined(how, _memory(plan), chart or tag("div", id="over-a-step"), *_rest(plan, chart is None))
+    return joined(how, _memory(plan), chart or tag("div", id="over-one-step"), *_rest(plan, chart is None))
 
 
 def document(plan: Plan, moments: Sequence[Moment]) -> tuple[str, Markup]:
     """(title, body) of a page of its own."""
-    chart = tag("section", over_a_step(plan, moments))
+    chart = tag("section", over_one_step(plan, moments))
     body = tag("main", tag("div", verdict(plan), id="answer"), tag("div", detail(plan, chart), id="detail"))
     header = tag("header", tag("h1", "Will it fit?"))
     return f"{sentence(plan)}: {plan.model} on {plan.card}", joined(header, body)
@@ -59,7 +59,8 @@ def _memory(plan: Plan) -> Markup:
         tag(
             "tr",
             tag("th", tag("i", class_=f"swatch {kind(name)}", aria_hidden="true"), name, scope="row"),
-            tag("td", gib(size)), tag("td", MEANING.get(name, ""), class_="meaning"),
+            tag("td", gib(size) if size >= 10 * MiB else f"{size / MiB:.0f} MiB"),
+            tag("td", MEANING.get(name, ""), class_="meaning"),
         )
         for name, size in lines
     ]  # fmt: skip
@@ -69,15 +70,13 @@ def _memory(plan: Plan) -> Markup:
     return tag("section", tag("h3", "What takes the memory"), bar(plan), table, class_="memory")
 
 
-def over_a_step(plan: Plan, moments: Sequence[Moment], width: int = WIDTH) -> Markup:
+def over_one_step(plan: Plan, moments: Sequence[Moment], width: int = WIDTH) -> Markup:
     """The chart, `width` pixels wide, with its reader: a slider that says what is alive at each moment."""
     highest = max(range(len(moments)), key=lambda i: moments[i].allocated)
     now = says(moments[highest], plan.components.get("context", 0))
     reader = tag("input", type="range", min=0, max=len(moments) - 1, value=highest, aria_label="Moment of the step",
                  aria_valuetext=now)  # fmt: skip
-    rows = [
-        tag("tr", tag("th", name, scope="row"), tag("td", gib(size))) for name, size in plan.phases.items()
-    ]
+    rows = [tag("tr", tag("th", name, scope="row"), tag("td", gib(size))) for name, size in plan.phases.items()]
     table = tag(
         "details", tag("summary", "The same as a table"),
         tag("table", tag("caption", "Highest allocation by phase, without CUDA context"), tag("tbody", *rows)),
@@ -86,7 +85,7 @@ def over_a_step(plan: Plan, moments: Sequence[Moment], width: int = WIDTH) -> Ma
         "From left to right in the order of allocations, not in seconds. Point at it, or move the slider, to see what "
         "is alive."
     )
-    figure = tag("figure", chart(plan, moments, width=width), reader, tag("output", now), class_="over-a-step",
+    figure = tag("figure", chart(plan, moments, width=width), reader, tag("output", now), class_="over-one-step",
                  data_texts=texts(plan, moments), data_left=LEFT, data_width=width - LEFT - RIGHT)  # fmt: skip
     return joined(tag("h3", "Memory over one step"), tag("p", note, class_="note"), figure, table)
 

@@ -60,8 +60,9 @@ def timeline(step: Step, columns: int = COLUMNS) -> list[Moment]:
 
 
 def _highest(changes: list[tuple[str, str, int]], live: dict[str, int]) -> Moment:
-    """Books `changes` into `live` and returns the moment after one of them at which most was alive."""
-    total, most, phase, parts = sum(live.values()), -1, "", {}
+    """Books `changes` into `live` and returns the moment at which most was alive, before or after one of them."""
+    total = most = sum(live.values())
+    phase, parts = changes[0][0], dict(live)
     for now, component, nbytes in changes:
         live[component] = live.get(component, 0) + nbytes
         total += nbytes

@@ -522,7 +522,7 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_is_named(train, tmp_pa
     (skip,) = [event for event in events(tmp_path / "run") if event["kind"] == "skip"]
     assert skip["step"] == 3
     assert skip["layer"].endswith("layers.0.self_attn.v_proj.lora_B.default.weight")
-    assert skip["batch"].startswith("'What is ")
+    assert skip["batch"].startswith("'Question: What is ")
     assert [row.get("actions") for row in rows(tmp_path / "run") if "loss" in row] == [None, None, ["skip"], None, None]
     assert any(line.startswith("guard: 5 steps") and "1 x skip" in line for line in said)
     report = (tmp_path / "run" / "report.md").read_text()
@@ -577,7 +577,10 @@ def test_clipping_is_what_is_asked_for(train, tmp_path: Path) -> None:
     """sgd's first step moves B, which begins at zero, by the learning rate times the gradient."""
     lengths = {}
     for clip in ("global", "none"):
-        train(output=clip, clip=clip, optimizer="sgd", lr=0.5, lr_schedule="constant", lora_alpha=500, max_steps=1)
+        train(
+            output=clip, clip=clip, guard="observe", optimizer="sgd", lr=0.5, lr_schedule="constant", lora_alpha=500,
+            max_steps=1,
+        )  # fmt: skip
         weights = load_file(tmp_path / clip / ADAPTER)
         lengths[clip] = torch.stack([w.norm() for name, w in weights.items() if "lora_B" in name]).norm().item()
         (row,) = [row for row in rows(tmp_path / clip) if "loss" in row]
@@ -598,3 +601,26 @@ def test_who_clips_each_tensor(optimizer: str, train, tmp_path: Path, monkeypatc
     assert getattr(made[0].optimizer, "clip", "tensor") == "tensor"
     with pytest.raises(UserError, match=r"--clip tensor with --optimizer sgd is done by the guard"):
         Recipe("m", "d", "o", clip="tensor", optimizer="sgd", guard="observe")
+
+
+def test_the_plot_has_the_regimes_and_the_actions(tmp_path: Path, monkeypatch) -> None:
+    from matplotlib import pyplot
+
+    from cruxy_triton.finetune import report
+
+    regimes = ["warming"] * 3 + ["stable"] * 2 + ["unstable"] * 2 + ["recovering"]
+    shown = [{"step": i, "loss": 5.0 - i, "lr": 1e-3, "regime": regime} for i, regime in enumerate(regimes, 1)]
+    shown[5] |= {"loss": None, "actions": ["skip"]}
+    shown[6] |= {"actions": ["skip", "rollback"]}
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    report.plot([{"step": 0, "eval_loss": 5.0}, *shown], tmp_path / "plot.png", "title")
+    axes = kept[0].axes
+    for axis in axes:
+        spans = [(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches]
+        assert spans == [(0.5, 3.5), (3.5, 5.5), (5.5, 7.5), (7.5, 8.5)]
+    marks = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    assert (marks["skip"], marks["rollback"]) == ([[6.0, 0.0], [7.0, -2.0]], [[7.0, -2.0]])
+    named = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert {"warming", "unstable", "recovering", "skip", "rollback"} <= set(named)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -71,10 +71,11 @@ function heard(data) {
     const question = asked;
     settled();
     if (data.failed !== undefined) {
+      $("progress").hidden = true;
       refuse("", data.failed);
       if (data.fatal && ready) launch(); // what failed while it started would fail again
     } else if (data.picture !== undefined) {
-      if (!waiting) $("over-a-step")?.replaceChildren(...parsed(data.picture));
+      if (!waiting) $("over-one-step")?.replaceChildren(...parsed(data.picture));
     } else if (data.reply.fetch !== undefined) fetchConfig(data.reply.fetch, question);
     else if (!waiting) answered(data.reply);
     if (ready && !asked) next();
@@ -95,10 +96,10 @@ function answered(reply) {
   if (reply.error !== undefined) return refuse(reply.field, reply.error);
   document.title = reply.title;
   $("verdict").replaceChildren(...parsed(reply.verdict));
-  const drawn = $("over-a-step")?.childNodes ?? [];
+  const drawn = $("over-one-step")?.childNodes ?? [];
   const detail = parsed(reply.detail);
   $("detail").replaceChildren(...detail);
-  $("over-a-step").replaceChildren(...drawn); // the old picture stands until the new one comes
+  $("over-one-step").replaceChildren(...drawn); // the old picture stands until the new one comes
   $("detail").classList.remove("stale");
   for (const button of $("detail").querySelectorAll(".copy")) button.hidden = !navigator.clipboard;
   document.documentElement.dataset.answered = String(Number(document.documentElement.dataset.answered ?? 0) + 1);
@@ -106,7 +107,7 @@ function answered(reply) {
 }
 
 function drawPicture() {
-  const room = $("over-a-step")?.clientWidth;
+  const room = $("over-one-step")?.clientWidth;
   if (room && ready && !asked && !waiting) send({ picture: Math.max(280, Math.min(960, room)) });
 }
 
@@ -283,5 +284,6 @@ async function keep() {
   }
 }
 
+$("unstarted").remove();
 launch();
 recall();

@@ -135,9 +135,9 @@ def choose_for_update(
 
 
 def _choose_small(device: torch.device, backend: str | None) -> str:
-    """The backend of what native.cpp does not have: on a CPU nothing needs to be compiled for it."""
+    """The backend of what is small: on a CPU nothing is compiled for it alone."""
     if device.type == "cpu" and backend is None and not os.environ.get(VARIABLE):
-        return "torch"
+        return "native" if native.built() else "torch"
     return explain(device, backend)[0]
 
 
@@ -253,7 +253,8 @@ def control_step(
         raise ValueError(f"clip is {clip!r}; expected 'global', None or a TensorClip")
     found_inf = _scalar("found_inf", found_inf, device)
     grad_scale = _scalar("grad_scale", grad_scale, device)
-    run = launch_control if _choose_small(device, backend) == "triton" else step_law
+    chosen = _choose_small(device, backend)
+    run = launch_control if chosen == "triton" else native.control if chosen == "native" else step_law
     run(control, telemetry.contiguous(), loss, law, found_inf, grad_scale, log, clip)
 
 
