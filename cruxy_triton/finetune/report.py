@@ -12,6 +12,7 @@ from cruxy_triton.guard import plot as guard_plot
 MIB = 1 << 20
 SHOWN_EVENTS = 20
 CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
+SHOWN_SAMPLES = 5
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
@@ -189,11 +190,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         lines.append(f"| resumed at step | {', '.join(map(str, run['resumed_at_steps']))} |")
     if guard := result.get("guard"):
         lines += ["", "## The guard", "", *_guard(guard)]
-    if sample := run.get("sample"):
-        lines += ["", "## A held-out sample", ""]
-        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
-            if sample.get(key):
-                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    lines += _samples(run["samples"])
     lines += [
         "",
         "## Using the adapter",
@@ -226,6 +223,20 @@ def _guard(guard: dict[str, Any]) -> list[str]:
     left_out = len(guard["events"]) - len(shown)
     lines += ["", *([f"The last {len(shown)} of {left_out + len(shown)} events:", ""] if left_out else [])]
     return lines + [f"- {' '.join(event.split())}" for event in shown]
+
+
+def _samples(samples: list[dict[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    lines = ["", "## Held-out samples", ""]
+    if asked := [s for s in samples if s["expected"]]:
+        before, after = (sum(s[when].strip() == s["expected"].strip() for s in asked) for when in ("before", "after"))
+        lines += [f"Of {len(asked)} answers {before} were exactly as expected before and {after} after.", ""]
+    for sample in samples[:SHOWN_SAMPLES]:
+        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
+            if sample[key]:
+                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    return lines
 
 
 def _memory(run: dict[str, Any]) -> str:

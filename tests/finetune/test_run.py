@@ -276,7 +276,7 @@ def test_a_sample_can_be_left_out_when_a_run_is_resumed(train, tmp_path: Path) -
     (tmp_path / "run" / "run.json").write_text(json.dumps(saved | {"status": "interrupted"}))
     result, _ = train(resume=True, sample_tokens=0)
     assert result.finished
-    assert result.sample is None
+    assert result.samples == []
 
 
 def stop_at(step: int, monkeypatch) -> None:
