@@ -188,10 +188,9 @@ class _Layouts:
 def _guards_of(tensors: list[Tensor]) -> Any:
     """torch.compile's guards of these tensors' sizes, strides and dtypes, which hold no tensor; False without any."""
     try:
-        from torch._C._dynamo.guards import TensorGuards
-
+        make: Any = torch._C._dynamo.guards.TensorGuards
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         return guards if guards.check(*tensors) else False
     except Exception:  # of another torch, with whatever it raises
         return False
