@@ -126,7 +126,7 @@ def _state(rule: str, shape: tuple[int, ...], dtype: torch.dtype, generator: tor
 
 
 def update(
-    device: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, flags: dict[str, bool]
+    device: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, flags: dict[str, Any]
 ) -> list[str]:
     generator = torch.Generator().manual_seed(3)
     rows = torch.stack([oracles.control_row(generator), oracles.control_row(generator, SKIP=1.0)])

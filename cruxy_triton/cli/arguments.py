@@ -59,7 +59,7 @@ def add_settings(parser: argparse.ArgumentParser, command: str, names: Sequence[
             groups[setting.group] = parser.add_argument_group(setting.group)
         add = groups[setting.group].add_argument
         shown: dict[str, Any] = {"action": _Store, "setting": setting, "default": argparse.SUPPRESS}
-        shown["help"] = _help(setting, command)
+        shown["help"] = setting.explained(command).replace("%", "%%")
         if not setting.flag:
             add(setting.name, nargs="?", metavar=setting.metavar, **shown)
         elif setting.kind == "switch":
@@ -67,17 +67,6 @@ def add_settings(parser: argparse.ArgumentParser, command: str, names: Sequence[
         else:
             metavar = setting.metavar or "|".join(map(str, setting.choices)) if setting.choices else setting.metavar
             add(setting.flag, nargs="+" if setting.kind == "names" else None, metavar=metavar, **shown)
-
-
-def _help(setting: Setting, command: str) -> str:
-    if command == "plan" and setting.searched:
-        default = "searched"
-    elif setting.required and not setting.left_open:
-        return setting.help
-    else:
-        shown = {True: "on", False: "off"}.get(setting.default) if setting.kind == "switch" else str(setting.default)
-        default = setting.left_open or (" ".join(setting.default) if setting.kind == "names" else shown)
-    return f"{setting.help} (default: {default})".replace("%", "%%")
 
 
 def given(args: argparse.Namespace, command: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from cruxy_triton.finetune.recipe import Recipe
 
 DESCRIPTION = """\
 Fine-tunes a causal language model with LoRA: plans the memory, loads, trains with TRL and CruxyOptimizer,
-evaluates on held-out records before and after, and writes the adapter, run.json, metrics.jsonl, a plot and a
-one-page report to the output folder.
+evaluates on held-out records before and after, and writes the adapter, run.json, metrics.jsonl, events.jsonl, a
+plot and a one-page report to the output folder.
 
   cruxy-triton finetune --demo
   cruxy-triton finetune TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data train.jsonl --vram 4GiB
@@ -209,6 +209,8 @@ class Progress:
         shown = f"loss {row['loss']:.4f}  lr {lr:.2e}"
         if row.get("phase") is not None:
             shown += f"  phase {row['phase']:.3f}"
+        if row.get("regime") not in (None, "warming", "stable"):
+            shown += f"  {row['regime']}"
         if not sys.stderr.isatty():
             if row["step"] % max(1, total // 10) == 0 or row["step"] == total:
                 print(f"  step {row['step']}/{total}  {shown}", file=sys.stderr, flush=True)

@@ -91,6 +91,7 @@ if HAS_TRITON:
         chunk_index,  # int32 (chunks,)
         control,  # fp32 (rows, NUM_SLOTS)
         lr_multipliers,  # fp32 (tensors of the caller,)
+        grad_factors,  # fp32 (tensors of the caller,)
         RULE: tl.constexpr,
         FLAGS: tl.constexpr,
         STATES: tl.constexpr,
@@ -100,6 +101,7 @@ if HAS_TRITON:
         LOAD: tl.constexpr,
         STORE: tl.constexpr,
         HAS_MULTIPLIERS: tl.constexpr,
+        HAS_FACTORS: tl.constexpr,
         LINES: tl.constexpr,
         LAYOUT: tl.constexpr,
     ):
@@ -110,6 +112,8 @@ if HAS_TRITON:
             start = tl.load(chunk_index + program).to(tl.int64) * (LINES * _BLOCK)
             remaining = tl.minimum(tl.load(entry + T.NUMEL) - start, LINES * _BLOCK).to(tl.int32)
             factor = tl.load(slots + L.GRAD_FACTOR)
+            if HAS_FACTORS:
+                factor = factor * tl.load(grad_factors + tl.load(entry + T.INDEX))
             # What a rule does not use is not loaded: the compiler leaves it out.
             lr = tl.load(slots + L.LR_OUT)
             weight_decay = tl.load(slots + L.WEIGHT_DECAY)
@@ -148,9 +152,15 @@ def columns_of(
 
 
 def launch_batch(
-    rule: Rule, batch: Batch, codec: Codec, control: Tensor, lr_multipliers: Tensor | None, flags: int
+    rule: Rule,
+    batch: Batch,
+    codec: Codec,
+    control: Tensor,
+    lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
+    flags: int,
 ) -> None:
-    """One launch of the rule; `control` and `lr_multipliers` are on the batch's device, `flags` is `Rule.bits`."""
+    """One launch of the rule; the three tensors are on the batch's device, `flags` is `Rule.bits`."""
     launch(
         update_kernel,
         batch.table.chunks,
@@ -159,6 +169,7 @@ def launch_batch(
         batch.table.chunk_index,
         control,
         control if lr_multipliers is None else lr_multipliers,
+        control if grad_factors is None else grad_factors,
         RULE=rule.kernel,
         FLAGS=flags,
         STATES=len(rule.state),
@@ -168,6 +179,7 @@ def launch_batch(
         LOAD=codec.load,
         STORE=codec.store,
         HAS_MULTIPLIERS=lr_multipliers is not None,
+        HAS_FACTORS=grad_factors is not None,
         LINES=LINES,
         LAYOUT=L.KEY + T.KEY,
     )
@@ -182,12 +194,16 @@ def launch_update(
     rows: Sequence[int] | None,
     ids: Sequence[int] | None,
     lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
     flags: int,
 ) -> None:
     """`dispatch.update_` by the kernel, with arguments that it has checked."""
     for batch in batches(columns_of(rule, params, grads, state), rows, ids, read_only=(T.GRAD,)):
         codec = codec_of(state[rule.state[0]][batch.indices[0]])
         here = control.to(batch.device, non_blocking=True)
-        factors = None if lr_multipliers is None else lr_multipliers.to(batch.device, non_blocking=True)
-        launch_batch(rule, batch, codec, here, factors, flags)
+        multipliers, factors = (
+            None if values is None else values.to(batch.device, non_blocking=True)
+            for values in (lr_multipliers, grad_factors)
+        )
+        launch_batch(rule, batch, codec, here, multipliers, factors, flags)
         batch.finish()
