@@ -13,7 +13,8 @@ MIB = 1 << 20
 SHOWN_SAMPLES = 5
 SHOWN_EVENTS = 20
 CARD_SETTINGS = (
-    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "optimizer", "mode", "lr", "lr_schedule",
+    "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "target_modules",
+    "optimizer", "mode", "lr", "lr_schedule",
     "warmup_fraction", "weight_decay", "batch_size", "max_seq_length", "load_in_4bit", "seed",
 )  # fmt: skip
 CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
@@ -44,9 +45,10 @@ def _card(run: dict[str, Any]) -> list[str]:
     recipe, result = run["recipe"], run["result"]
     before, after = result["before"], result["after"]
     base, shared = recipe["model"], _shared_name(recipe["model"])
+    data = Path(recipe["data"]).name if Path(recipe["data"]).exists() else recipe["data"]
     lines = [
         f"LoRA adapter for {shared}, made by cruxy-triton {run['versions'].get('cruxy-triton', '')} from "
-        f"{Path(recipe['data']).name if Path(recipe['data']).exists() else recipe['data']}. It is of use with that model only, whose licence applies to it too.",
+        f"{data}. It is of use with that model only, whose licence applies to it too.",
     ]
     if Path(base).is_dir():
         same = f"; by its card it is {shared} in another form" if shared != base else ""
@@ -214,7 +216,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"| base weights | {run['weights']['total']:,} in {run['dtype']}, {run['weights']['quantized']:,} of them in 4 "
         f"bits; gradient checkpointing {'on' if recipe['gradient_checkpointing'] else 'off'} |",
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
-        f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
+        f"{', '.join(recipe['target_modules'])}{', scaled by 1/sqrt(r)' if recipe['use_rslora'] else ''}: "
+        f"{run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"
