@@ -17,7 +17,7 @@ import cruxy_kernels as kernels
 from cruxy_kernels import layout as L
 from cruxy_triton import distributed, groups
 
-_dtype = operator.attrgetter("dtype")
+_dtype, _nbytes = operator.attrgetter("dtype"), operator.attrgetter("nbytes")
 _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
 
 
@@ -107,9 +107,9 @@ class StepPlan:
         self.batches, self._absent, self._key = batches, absent, key
         self._params = [p for batch in batches for p in batch.params]
         grads = [g for batch in batches for g in batch.grads]
-        self._param_addresses = list(map(_address, self._params))
-        self._dtypes = list(map(_dtype, grads))
-        self._grad_addresses, self._grad_ids = list(map(_address, grads)), list(map(id, grads))
+        self._param_addresses, self._grad_addresses = list(map(_address, self._params)), list(map(_address, grads))
+        # A vocabulary that is cut down in place, or a view transposed in place, has the address that it had.
+        self._sizes, self._dtypes = list(map(_nbytes, self._params + grads)), list(map(_dtype, self._params + grads))
         self._state = _StateAddresses(batches, state)
 
     @classmethod
@@ -137,22 +137,22 @@ class StepPlan:
         """
         if key != self._key or any([p.grad is not None for p in self._absent]):
             return False
-        grads = [p.grad for p in self._params]
+        grads: list[Any] = [p.grad for p in self._params]  # one that is missing is noticed below
+        tensors = self._params + grads
         try:
             addresses = list(map(_address, grads))
-            same = list(map(_address, self._params)) == self._param_addresses
-            same = same and (state is None or self._state.same(state))
-        except (TypeError, KeyError, RuntimeError):  # a gradient missing or sparse, a state gone or no tensor
+            same = (
+                list(map(_address, self._params)) == self._param_addresses
+                and list(map(_nbytes, tensors)) == self._sizes
+                and list(map(_dtype, tensors)) == self._dtypes
+                and all(map(_contiguous, tensors))
+                and (state is None or self._state.same(state))
+            )
+        except (TypeError, KeyError, AttributeError, RuntimeError):  # a gradient missing or sparse, a state gone
             return False
         if not same:
             return False
-        moved, ids = addresses != self._grad_addresses, list(map(id, grads))
-        # The same objects at the same addresses have the dtypes and strides that they had.
-        if (moved or ids != self._grad_ids) and (
-            list(map(_dtype, grads)) != self._dtypes or not all(map(_contiguous, grads))
-        ):
-            return False
-        self._grad_ids = ids
+        moved = addresses != self._grad_addresses
         if moved:
             self._grad_addresses = addresses
             start = 0
@@ -174,7 +174,8 @@ class _StateAddresses:
 
     def _now(self) -> list[list[int]]:
         # `step` is left out: no kernel reads it.
-        return [list(map(_address, map(operator.itemgetter(name), states))) for name, states in self._read]
+        tensors = [list(map(operator.itemgetter(name), states)) for name, states in self._read]
+        return [list(map(read, each)) for each in tensors for read in (_address, _nbytes, _dtype, _contiguous)]
 
     def same(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether they lie there still; raises what reading an odd state raises."""

@@ -40,9 +40,9 @@ class Histories:
             spans.append(own + torch.tensor([first, 0]))
             first += int(own[:, 1].sum())
         ids = [number for batch in batches for number in batch.ids]
-        plain = all([batch.prepared is None for batch in batches])
-        clip = TensorClip(self._values, ids, None if plain else torch.cat(spans))
-        self._kept = None if plain else (batches, clip)  # batches that are prepared hold no gradients
+        prepared = [batch.prepared is not None for batch in batches]
+        clip = TensorClip(self._values, ids, torch.cat(spans) if any(prepared) else None)
+        self._kept = (batches, clip) if all(prepared) else None  # the others hold gradients
         return clip
 
     def _link(self, known: Any, rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -253,7 +253,7 @@ class CruxyOptimizer(Optimizer):
         # torch would wrap every step in its hooks and a profiler's range: without any, that is a tenth of the time.
         if not (type(self).step is CruxyOptimizer.step and _observed(self)):
             return self._take_step(closure, loss=loss)
-        arguments = (self,) if closure is None else (self, closure)
+        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         return _observed_step(*arguments, **({} if loss is None else {"loss": loss}))
 
     step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -11,7 +11,7 @@ from cruxy_triton import files, settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.planner import Card, Plan, load_model, plan
-from cruxy_triton.planner.picture import chart, standalone
+from cruxy_triton.planner.picture import standalone
 from cruxy_triton.planner.search import step_of
 from cruxy_triton.planner.timeline import timeline
 
@@ -119,4 +119,4 @@ def draw(path: Path, plan: Plan, config: Any, card: Card, result: dict[str, int]
         measured["measured, with context"] = result["peak_reserved_bytes"] + plan.components.get("context", 0)
     if "peak_rss_bytes" in result:
         measured["measured, interpreter and libraries included"] = result["peak_rss_bytes"]
-    files.write_text(path, standalone(chart(plan, timeline(step_of(shape, card, plan.config)), measured)))
+    files.write_text(path, standalone(plan, timeline(step_of(shape, card, plan.config)), measured))

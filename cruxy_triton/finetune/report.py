@@ -249,20 +249,6 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _samples(samples: list[dict[str, str]]) -> list[str]:
-    if not samples:
-        return []
-    lines = ["", "## Held-out samples", ""]
-    if asked := [s for s in samples if s["expected"]]:
-        before, after = (sum(s[when].strip() == s["expected"].strip() for s in asked) for when in ("before", "after"))
-        lines += [f"Of {len(asked)} answers {before} were exactly as expected before and {after} after.", ""]
-    for sample in samples[:SHOWN_SAMPLES]:
-        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
-            if sample[key]:
-                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
-    return lines
-
-
 def _guard(guard: dict[str, Any]) -> list[str]:
     """What the guard saw and did; the events in full are in events.jsonl."""
     actions = ", ".join(f"{count} x {kind}" for kind, count in guard["actions"].items()) or "none"
@@ -278,6 +264,20 @@ def _guard(guard: dict[str, Any]) -> list[str]:
     left_out = len(guard["events"]) - len(shown)
     lines += ["", *([f"The last {len(shown)} of {left_out + len(shown)} events:", ""] if left_out else [])]
     return lines + [f"- {' '.join(event.split())}" for event in shown]
+
+
+def _samples(samples: list[dict[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    lines = ["", "## Held-out samples", ""]
+    if asked := [s for s in samples if s["expected"]]:
+        before, after = (sum(s[when].strip() == s["expected"].strip() for s in asked) for when in ("before", "after"))
+        lines += [f"Of {len(asked)} answers {before} were exactly as expected before and {after} after.", ""]
+    for sample in samples[:SHOWN_SAMPLES]:
+        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
+            if sample[key]:
+                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    return lines
 
 
 def _memory(run: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def form() -> Markup:
     method = _labelled("way", "Method", SETTINGS["method"].help.replace("`", ""), way)
     files = tag(
         "p", tag("label", "or a config.json", for_="file"), tag("input", type="file", id="file", accept=".json"),
-        tag("span", " can be dropped anywhere on the page.", class_="note"), class_="file",
+        tag("span", " It can be dropped anywhere on the page, too.", class_="note"), class_="file",
     )  # fmt: skip
     hidden = (tag("input", type="hidden", name=name) for name in ("config", "config_name"))
     shown = [first["gpu"], by_memory, first["os"], first["model"], files, *hidden, method]

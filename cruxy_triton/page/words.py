@@ -59,7 +59,8 @@ def _memory(plan: Plan) -> Markup:
         tag(
             "tr",
             tag("th", tag("i", class_=f"swatch {kind(name)}", aria_hidden="true"), name, scope="row"),
-            tag("td", gib(size) if size >= 10 * MiB else f"{size / MiB:.0f} MiB"), tag("td", MEANING.get(name, ""), class_="meaning"),
+            tag("td", gib(size) if size >= 10 * MiB else f"{size / MiB:.0f} MiB"),
+            tag("td", MEANING.get(name, ""), class_="meaning"),
         )
         for name, size in lines
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping
 from importlib import resources
@@ -113,13 +114,24 @@ def unknown_model(text: str) -> str:
 
 def json_object(text: str, where: str) -> dict[str, Any]:
     """The object that a config.json holds. Raises UserError where it is none."""
+    if _depth(text) > 100:  # a parser's stack may not hold as much; in a browser that ends the interpreter
+        raise UserError(f"{where}: nested more than 100 levels deep; a model's configuration is not")
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: not a JSON file: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a JSON object with the model's configuration")
     return data
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a JSON text are nested."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(depth, deepest)
+    return deepest
 
 
 def _cached_config(hf_id: str) -> dict[str, Any] | None:

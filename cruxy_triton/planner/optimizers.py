@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# State bits: (bytes of one value, values that share one 4-byte scale or 0). 8 bits are CruxyOptimizer's codec.
-CODECS = {32: (4, 0), 8: (1, 128)}
+# State bits: (bytes of one value, values that share one 2-byte scale or 0): `cruxy_kernels.CODECS`, without torch.
+CODECS = {32: (4, 0), 8: (1, 64)}
+SCALE = 2  # bytes
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class Optimizer:
     def tensors(self, n: int) -> list[int]:
         """Bytes of each state tensor of a parameter of `n` elements."""
         width, shared = CODECS[self.bits]
-        each = [n * width] + ([4 * -(-n // shared)] if shared else [])
+        each = [n * width] + ([SCALE * -(-n // shared)] if shared else [])
         return each * self.moments
 
     @property
     def bytes_per_parameter(self) -> float:
         width, shared = CODECS[self.bits]
-        return self.moments * (width + (4 / shared if shared else 0))
+        return self.moments * (width + (SCALE / shared if shared else 0))
 
 
 # The first three are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is

@@ -129,7 +129,9 @@ def _area(above: Sequence[float], below: Sequence[float], step: float) -> str:
 
 def _scale(top: float, y: Callable[[float], float], width: int) -> Markup:
     """Lines at round amounts."""
-    unit = next(n for n in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if top / GiB / n <= 6)
+    unit = next((n for n in (0.1, 0.25, 0.5) if top / GiB / n <= 6), 1)
+    while top / GiB / unit > 6:
+        unit *= 2
     drawn = []
     for index in range(int(top / GiB / unit) + 1):
         at = y(index * unit * GiB)
@@ -173,7 +175,20 @@ def texts(plan: Plan, moments: Sequence[Moment]) -> str:
     return json.dumps([says(moment, plan.components.get("context", 0)) for moment in moments])
 
 
-def standalone(svg: Markup) -> str:
-    """The picture as a file of its own, with its colours inside."""
-    head, _, rest = svg.partition(">")
-    return f"{head}><style>{stylesheet()}</style>{rest}\n"
+def standalone(plan: Plan, moments: Sequence[Moment], measured: Mapping[str, int] | None = None) -> str:
+    """The chart as a file of its own, with its colours and what they mean inside."""
+    svg = chart(plan, moments, measured)
+    named = {name for moment in moments for name, size in moment.parts.items() if size >= MiB / 2}
+    drawn, x, y = [], LEFT, HEIGHT + 16
+    for name in STACK:
+        if name in named or (name == "context" and plan.components.get(name)):
+            width = 26 + 7 * len(name)
+            if x + width > WIDTH:
+                x, y = LEFT, y + 18
+            drawn.append(tag("rect", class_=kind(name), x=x, y=y - 10, width=11, height=11))
+            drawn.append(tag("text", name, x=x + 15, y=y))
+            x += width
+    style = tag("style", Markup(stylesheet() + ".cursor { display: none; }"))
+    head, _, rest = svg.removesuffix("</svg>").partition(">")
+    head = head.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 0 {WIDTH} {y + 8}"')
+    return f"{head}>{style}{rest}{joined(*drawn)}</svg>\n"

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -204,6 +205,29 @@ def test_a_state_that_was_away_comes_back(backend):
                     state["exp_avg"] = state["exp_avg"].clone()
         results.append([state["clip"] for state in optimizer.state_dict()["state"].values()] + list(params))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("use_gc", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_batch_gets_its_own_factors(backend, use_gc):
+    """Two rules, two dtypes, a tensor that is not contiguous: spikes are cut to 1.05 times their tensor's norm."""
+    generator = torch.Generator().manual_seed(6)
+    params = [nn.Parameter(torch.randn(9, 4, generator=generator)) for _ in range(4)]
+    params[1].data, params[2].data = params[1].data.half(), params[2].data.t().contiguous().t()
+    groups = [{"params": params[:2], "use_lion": True}, {"params": params[2:]}]
+    optimizer = CruxyOptimizer(groups, clip="tensor", backend=served(backend), lr=1e-3, use_gc=use_gc)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])  # centralization leaves them
+    for step in range(40):
+        for i, p in enumerate(params):
+            p.grad = torch.empty_like(p).copy_(signs * 0.01 * (i + 1) * (100 if step == 35 + i else 1))
+        optimizer.step(loss=1.0)
+    for i, p in enumerate(params):
+        assert optimizer.state[p]["clip"].tolist() == pytest.approx([0.06 * (i + 1) * 1.001, 30], rel=1e-3)
+        momentum = (optimizer.state[p]["exp_avg"] * signs).float() / (0.01 * (i + 1))
+        assert 0.8 < momentum.min() <= momentum.max() < 1.06
+    gradients_left = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    assert not any(ref() is not None for ref in gradients_left)
 
 
 def test_from_and_to_other_clipping():

@@ -460,3 +460,60 @@ def test_a_tensor_that_leaves_and_comes_back():
     optimizer.param_groups[0]["params"].append(away)
     step(optimizer, 4)
     assert ages(optimizer) == [5, 4]
+
+
+# -- tensors that change where they lie -------------------------------------------------------------------------------
+
+
+def shorter(p, optimizer):
+    p.data = p.data[:4]
+    p.grad = p.grad.new_ones(8, 8)[:4]
+
+
+def transposed(p, optimizer):
+    p.data = p.data.t()
+    p.grad = torch.ones(8, 8)
+
+
+def transposed_gradient(p, optimizer):
+    p.grad.data = p.grad.data.t()
+
+
+def one_element_gradient(p, optimizer):
+    p.grad.data = p.grad.data.view(-1)[:1]
+
+
+def resized_gradient(p, optimizer):
+    p.grad.resize_(10)
+
+
+def resized_state(p, optimizer):
+    optimizer.state[p]["exp_avg"].resize_(10)
+
+
+@pytest.mark.parametrize(
+    "change", [shorter, transposed, transposed_gradient, one_element_gradient, resized_gradient, resized_state]
+)
+def test_what_changes_its_shape_in_place_is_looked_at_anew(change, settings):
+    """The step after the change is PyTorch's, or refused as there; nothing beside the tensors is read or written."""
+
+    def outcome(backend):
+        torch.manual_seed(3)
+        p = torch.nn.Parameter(torch.randn(8, 8))
+        optimizer = CruxyOptimizer([p], lr=1e-2, backend=backend, **settings)
+        for _ in range(3):
+            p.grad = torch.randn(8, 8)
+            optimizer.step(loss=1.0)
+        before = p.data
+        change(p, optimizer)
+        try:
+            optimizer.step(loss=1.0)
+        except (ValueError, RuntimeError, TypeError) as error:
+            return type(error), str(error)
+        return before, optimizer.metrics()["grad_norm"]
+
+    found, expected = outcome("native"), outcome("torch")
+    if isinstance(expected[0], type):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected)

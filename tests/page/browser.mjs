@@ -12,12 +12,13 @@ const axe = fs.readFileSync(path.join(modules, "axe-core", "axe.min.js"), "utf8"
 const say = (value) => console.log(JSON.stringify(value));
 
 const types = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".json": "application/json", ".svg": "image/svg+xml", ".wasm": "application/wasm" };
-let served = true;
+let served = true, tampered;
 const server = http.createServer((request, answer) => {
   const name = path.join(site, decodeURIComponent(new URL(request.url, "http://x").pathname).replace(/\/$/, "/index.html"));
   if (!served) return request.destroy();
   if (!fs.existsSync(name)) return answer.writeHead(404).end();
   answer.writeHead(200, { "Content-Type": types[path.extname(name)] ?? "application/octet-stream" });
+  if (tampered && name.endsWith(tampered)) return answer.end(fs.readFileSync(name, "utf8") + " ");
   fs.createReadStream(name).pipe(answer);
 }).listen(0, "127.0.0.1");
 await new Promise((done) => server.on("listening", done));
@@ -134,6 +135,19 @@ await scene("offline", {}, async (page, seen, context) => {
   await answered(page, 0);
   seen.verdict = await verdict(page);
   served = true;
+});
+
+tampered = "pyodide.asm.mjs";
+await scene("tampered", {}, async (page, seen) => {
+  seen.verdict = await verdict(page);
+});
+tampered = undefined;
+
+await scene("stop", {}, async (page, seen) => {
+  drop(page, "config.json", JSON.stringify({ ...JSON.parse(given.good), num_hidden_layers: 9000 }));
+  await page.locator("#stop").click(); // visible after three seconds
+  seen.stopped = await verdict(page);
+  [seen.again] = await after(page, () => page.click("button[type=reset]"));
 });
 
 await scene("keyboard", {}, async (page, seen) => {

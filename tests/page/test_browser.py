@@ -136,6 +136,15 @@ def test_works_offline(scenes: dict[str, dict]) -> None:
     assert scenes["offline"]["verdict"].startswith("Fits: 3.55 of 3.81")
 
 
+def test_a_file_that_is_not_the_pinned_one_is_not_run(scenes: dict[str, dict]) -> None:
+    assert "pyodide.asm.mjs is not the file that this page was built with" in scenes["tampered"]["verdict"]
+
+
+def test_what_takes_too_long_can_be_stopped(scenes: dict[str, dict]) -> None:
+    assert "Stopped" in scenes["stop"]["stopped"]
+    assert scenes["stop"]["again"].startswith("Fits: 3.55 of 3.81 GiB")
+
+
 def test_strangers_inject_nothing(scenes: dict[str, dict]) -> None:
     scene = scenes["hostile"]
     assert len(scene["results"]) == 30

@@ -21,7 +21,7 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.page import answer, build, form
 from cruxy_triton.planner import load_card, load_model, plan
 from cruxy_triton.planner.markup import Markup, tag
-from cruxy_triton.planner.picture import chart, standalone
+from cruxy_triton.planner.picture import standalone
 from cruxy_triton.planner.search import step_of
 from cruxy_triton.planner.timeline import REGIONS, timeline
 
@@ -249,6 +249,8 @@ def test_configs_from_the_hub_and_from_a_file() -> None:
         assert refused["field"] == "model"
         assert said in refused["error"]
     assert "characters" in ask(model="x", gpu="t4", config="x" * (1 << 21))["error"]
+    nested = ask(model="x", gpu="t4", config='{"a":' * 200 + "1" + "}" * 200)
+    assert "nested more than 100 levels deep" in nested["error"]
     assert ask(model="phi-2")["field"] == "vram_bytes"
     assert "unknown GPU" in ask(model="phi-2", gpu="auto")["error"]
 
@@ -267,10 +269,11 @@ def test_what_strangers_send_stays_text(hostile: dict[str, list[str]]) -> None:
         requests.append({"gpu": "t4", **dict(urllib.parse.parse_qsl(link))})
     assert len(requests) == 30
     for request in requests:
-        found = ask(**request)
+        planner = answer.Planner()
+        found = json.loads(planner.answer(json.dumps(request)))
         assert found.keys() & {"error", "plan", "fetch"}
-        for part in ("verdict", "detail"):
-            assert not Read(found.get(part, "")).active()
+        for part in (found.get("verdict", ""), found.get("detail", ""), planner.picture(400)):
+            assert not Read(part).active()
 
 
 def test_markup_escapes_everything_but_itself() -> None:
@@ -313,7 +316,7 @@ def test_the_chart_is_the_plan_over_time(model: str, card: str, given: dict) -> 
 def test_the_picture_is_well_formed_and_true_to_scale() -> None:
     found = plan("tinyllama-1.1b", "gtx1650-gddr5")
     moments = timeline(step_of(load_model("tinyllama-1.1b"), load_card("gtx1650-gddr5"), found.config))
-    svg = standalone(chart(found, moments, {"measured": found.peak_bytes - 100 * 2**20}))
+    svg = standalone(found, moments, {"measured": found.peak_bytes - 100 * 2**20})
     root = ElementTree.fromstring(svg)
     space = {"s": "http://www.w3.org/2000/svg"}
     across = {line.get("class"): float(line.get("y1")) for line in root.iterfind("s:line", space) if line.get("y1")}

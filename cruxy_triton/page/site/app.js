@@ -71,6 +71,7 @@ function heard(data) {
     const question = asked;
     settled();
     if (data.failed !== undefined) {
+      $("progress").hidden = true;
       refuse("", data.failed);
       if (data.fatal && ready) launch(); // what failed while it started would fail again
     } else if (data.picture !== undefined) {
@@ -283,5 +284,6 @@ async function keep() {
   }
 }
 
+$("unstarted").remove();
 launch();
 recall();

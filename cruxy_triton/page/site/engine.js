@@ -7,7 +7,8 @@ export async function assemble(loadPyodide, options, archive) {
     ...options,
   });
   pyodide.unpackArchive(archive, "zip", { extractDir: "/planner" });
-  pyodide.runPython("import sys; sys.path.insert(0, '/planner')");
+  // A plan makes and drops many small objects: the collector of cycles need not look after every few thousand.
+  pyodide.runPython("import gc, sys; gc.set_threshold(200_000); sys.path.insert(0, '/planner')");
   const planner = pyodide.pyimport("cruxy_triton.page.answer").Planner();
   return {
     answer: (request) => JSON.parse(planner.answer(JSON.stringify(request))),

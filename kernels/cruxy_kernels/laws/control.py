@@ -3,7 +3,7 @@
 docs/laws.md has the equations, layout.py the slots and constants. `step_law` is the specification; the Triton kernel
 behind it does the same in one program per row, after adding the telemetry's partial sums in a fixed order, and the
 host reads nothing of it. There tanh, log and expm1 are built from exp and sqrt, because libdevice has no
-interpreter; their errors stand beside them.
+interpreter; their errors stand beside them. backends/native.cpp has the law once more, for the CPU.
 
 The gradients are those that were stored, multiplied by a GradScaler's factor where there is one: it is taken out
 here, once, of the statistics and of GRAD_FACTOR, by which the update multiplies every gradient. Where every tensor is
