@@ -379,7 +379,8 @@ def test_paths_are_kept_whole_and_the_adapter_can_be_published(train, small_mode
     card = (adapter / "README.md").read_text()
     assert f"was the folder {model} of the machine it was trained on; by its card it is owner/name in another" in card
     result = record(tmp_path / "run")["result"]
-    for shown in (f"| {result['before']['loss']:.4f} | {result['after']['loss']:.4f} |", "after 4 steps", "| lr | 0.01 |"):
+    losses = f"| {result['before']['loss']:.4f} | {result['after']['loss']:.4f} |"
+    for shown in (losses, "after 4 steps", "| lr | 0.01 |"):
         assert shown in card
     assert "sums.jsonl" in card
     assert str(tmp_path / "elsewhere" / "sums.jsonl") not in card
