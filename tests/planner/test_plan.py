@@ -91,8 +91,8 @@ def test_cards(name):
 
 def test_the_cards_that_were_asked_for():
     wanted = """gtx1650 gtx1650-gddr6 gtx1650-super gtx1660 gtx1660-super gtx1660-ti rtx2060-6gb rtx2060-12gb rtx2070
-    rtx2080-ti 3050-4gb 3050-6gb 3050-8gb rtx3060-8gb rtx3060-12gb 3070 3080 3090 4060 rtx4060-ti-8gb rtx4060-ti-16gb 4070
-    4080 4090 5060 rtx5060-ti-8gb 5070 5070-ti 5080 5090 t4 gtx1650-laptop rtx3050-laptop"""
+    rtx2080-ti 3050-4gb 3050-6gb 3050-8gb rtx3060-8gb rtx3060-12gb 3070 3080 3090 4060 rtx4060-ti-8gb rtx4060-ti-16gb
+    4070 4080 4090 5060 rtx5060-ti-8gb 5070 5070-ti 5080 5090 t4 gtx1650-laptop rtx3050-laptop"""
     assert len({load_card(name).name for name in wanted.split()}) == len(wanted.split())
 
 
