@@ -19,6 +19,7 @@ from cruxy_triton import distributed, groups
 
 _dtype, _nbytes = operator.attrgetter("dtype"), operator.attrgetter("nbytes")
 _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_turned = Tensor.is_neg  # a view whose memory holds the other sign
 
 
 @dataclass
@@ -135,7 +136,7 @@ class StepPlan:
 
         state: None where nobody but the optimizer can have reached its tensors.
         """
-        if key != self._key or any([p.grad is not None for p in self._absent]):
+        if key != self._key or (self._absent and any([p.grad is not None for p in self._absent])):
             return False
         grads: list[Any] = [p.grad for p in self._params]  # one that is missing is noticed below
         tensors = self._params + grads
@@ -146,6 +147,7 @@ class StepPlan:
                 and list(map(_nbytes, tensors)) == self._sizes
                 and list(map(_dtype, tensors)) == self._dtypes
                 and all(map(_contiguous, tensors))
+                and not any(map(_turned, grads))
                 and (state is None or self._state.same(state))
             )
         except (TypeError, KeyError, AttributeError, RuntimeError):  # a gradient missing or sparse, a state gone
@@ -174,8 +176,12 @@ class _StateAddresses:
 
     def _now(self) -> list[list[int]]:
         # `step` is left out: no kernel reads it.
-        tensors = [list(map(operator.itemgetter(name), states)) for name, states in self._read]
-        return [list(map(read, each)) for each in tensors for read in (_address, _nbytes, _dtype, _contiguous)]
+        return [
+            list(map(read, tensors))
+            for name, states in self._read
+            for tensors in [list(map(operator.itemgetter(name), states))]
+            for read in (_address, _nbytes, _dtype, _contiguous)
+        ]
 
     def same(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether they lie there still; raises what reading an odd state raises."""

@@ -341,6 +341,8 @@ class CruxyOptimizer(Optimizer):
                         "CruxyOptimizer does not support sparse gradients; "
                         "use dense ones (for example Embedding(sparse=False))"
                     )
+                if grad.is_neg():  # kernels read what lies in memory, and that is the other sign
+                    grad = p.grad = grad.resolve_neg()
                 state, number = self._state[p], self._rows.number[p]
                 if not state:
                     self._init_state(p, rule, state)

@@ -202,15 +202,6 @@ def _environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _bytes(text: str) -> int:
-    """'4GiB', '3800 MiB', '4GB' or plain bytes, as bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected something like 4GiB or 3800MiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 class Progress:
     """A bar with loss, learning rate and phase on a terminal; a line every tenth elsewhere."""
 

@@ -120,6 +120,23 @@ def test_losses(step, error, message):
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_gradient_whose_sign_is_a_bit(backend):
+    """torch._neg_view: memory holds the other sign. In the first step, and in one that goes by a plan."""
+    ends = []
+    for turned in (False, True):
+        params = parameters()
+        optimizer = CruxyOptimizer(params, backend=backend, lr=0.1)
+        for step in range(4):
+            give_gradients(params)
+            if turned and step != 1:
+                for p in params:
+                    p.grad = torch._neg_view(p.grad.neg())
+            optimizer.step(loss=1.0)
+        ends.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
 # -- betas ---------------------------------------------------------------------------------------------------
 
 

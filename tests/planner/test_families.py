@@ -26,6 +26,8 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+
+
 def config(model_type: str, **changes) -> dict:
     return {"model_type": model_type, **SIZES, **changes}
 

@@ -104,6 +104,14 @@ def tiny() -> Plan:
     return plan("tinyllama-1.1b", "gtx1650")
 
 
+@pytest.mark.parametrize(("model", "card"), [("gemma-2-2b", "gtx1650"), ("qwen2.5-1.5b", "t4")])
+def test_allocated_is_the_highest_phase_and_rests(model, card):
+    found = plan(model, card, alternatives=False)
+    highest = found.phases[found.peak_phase]
+    assert highest == max(found.phases.values())
+    assert highest < found.allocated_bytes <= 1.01 * highest
+
+
 def test_a_plan_adds_up(tiny):
     assert tiny.fits
     assert sum(tiny.components.values()) == tiny.peak_bytes
