@@ -19,6 +19,7 @@ from cruxy_triton import distributed, groups
 
 _dtype, _nbytes = operator.attrgetter("dtype"), operator.attrgetter("nbytes")
 _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_turned = Tensor.is_neg  # a view whose memory holds the other sign
 
 
 @dataclass
@@ -134,7 +135,7 @@ class StepPlan:
 
         state: None where nobody but the optimizer can have reached its tensors.
         """
-        if key != self._key or any([p.grad is not None for p in self._absent]):
+        if key != self._key or (self._absent and any([p.grad is not None for p in self._absent])):
             return False
         grads: list[Any] = [p.grad for p in self._params]  # one that is missing is noticed below
         tensors: list[Any] = self._params + grads
@@ -179,6 +180,7 @@ class _Layouts:
             list(map(_nbytes, tensors)) == self._sizes
             and list(map(_dtype, tensors)) == self._dtypes
             and all(map(_contiguous, tensors))
+            and not any(map(_turned, tensors))
         )
         if same and self._guards is None:  # here and not above: many plans serve once
             self._guards = _guards_of(tensors)

@@ -46,6 +46,17 @@ def test_work_of_a_step(report, name, looked_at):
         assert work[kind]["python_calls"] <= limit, kind
 
 
+def test_a_capturable_step_has_its_slow_loop_every_time():
+    """A CUDA graph is one step for all: the turn of the slow loop is found on the device."""
+    with host.counted_launches() as launches:
+        case = host.Case("capturable", lambda p: MetaLion(p, backend="triton", capturable=True), [(4, 8)])
+        for _ in range(3):
+            work = host.work(case, launches, move=False)
+            assert {name: work["launches"][name] for name in KERNELS} == KERNELS
+            more = sum(work["launches"].values()) - len(KERNELS) + sum(work["operators"].values())
+        assert more == LAUNCHES["every tenth"], work
+
+
 @pytest.mark.parametrize("make", [MetaLion, CruxyOptimizer])
 def test_the_counter_sees_what_is_there(make):
     """A second dtype is a second launch, a gradient that is not contiguous is copied, and nothing is started."""
