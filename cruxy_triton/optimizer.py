@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import cruxy_kernels as kernels
-from cruxy_kernels import CODECS, RULES
+from cruxy_kernels import RULES
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
@@ -53,8 +53,9 @@ class CruxyOptimizer(Optimizer):
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
-        seed: of the random bits with which 16-bit parameters are rounded, a whole number below 2^24.
-        state_bits: 32, or 8 for int8 momentum with a bfloat16 scale for each 64 values (Lion rule only).
+        seed: of the random bits with which 16-bit parameters and 4-bit momentum are rounded, a whole number below 2^24.
+        state_bits: 32, or for the Lion rule 8 or 4: momentum in codes with a bfloat16 scale for each 64 values, 1.03 or
+            0.53 bytes per parameter. 4 bits are rounded at random, with bits of `seed`.
         backend: "triton", "native" or "torch"; None lets the device decide (`cruxy_kernels.explain_backend`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
             hold the step (changing learning rates then have to be tensors).
@@ -118,8 +119,9 @@ class CruxyOptimizer(Optimizer):
             raise ValueError(f"bounds is {bounds!r}; expected (low, high) with 0 < low <= 1 <= high, or None")
         if backend not in (None, "triton", "native", "torch"):
             raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'native', 'torch' or None")
-        if state_bits not in CODECS:
-            raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, sorted(CODECS)))}")
+        known = sorted({bits for known in RULES.values() for bits in known.state_bits})
+        if state_bits not in known:
+            raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, known))}")
         if not (isinstance(history, int) and history >= 0):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         if not (isinstance(seed, int) and 0 <= seed < 1 << 24):
@@ -317,10 +319,9 @@ class CruxyOptimizer(Optimizer):
 
     def _init_state(self, p: Tensor, rule: str, state: dict[str, Any]) -> None:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        for name in RULES[rule].state:
-            codec = CODECS[self.state_bits]
+        for name, codec in zip(RULES[rule].state, RULES[rule].codecs(self.state_bits), strict=True):
             if codec.block:
-                state[name] = torch.zeros_like(p, dtype=codec.dtype, memory_format=torch.contiguous_format)
+                state[name] = distributed.codes_like(p, codec)
                 state[scale_name(name)] = distributed.scales_like(p, codec)
             else:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -427,8 +428,9 @@ class CruxyOptimizer(Optimizer):
 class MetaLion(CruxyOptimizer):
     """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state per parameter (paper section 5).
 
-    Takes every argument of `CruxyOptimizer`; only the defaults differ. Lion's steps have the size of the
-    learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight decay.
+    Takes every argument of `CruxyOptimizer` (`state_bits=4`: 0.53 bytes); only the defaults differ. Lion's steps
+    have the size of the learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight
+    decay.
     """
 
     def __init__(

@@ -13,7 +13,8 @@ from torch import Tensor
 from cruxy_kernels import layout as L
 
 GUARD = 64  # cells on either side
-BLOCK, SHARPNESS, LEVELS = 64, 3, 127  # of the 8-bit code
+BLOCK, SHARPNESS = 64, 3  # of the codes
+LEVELS = {torch.int8: 127, torch.uint8: 7}  # on each side of 0; uint8 holds two codes of 4 bits
 # Relative errors that fp32 arithmetic may leave: of a result beside what was added up for it, and of a long sum.
 FP32, SUM = 1e-6, 1e-5
 MANTISSA = {torch.float16: 10, torch.bfloat16: 7}
@@ -25,7 +26,7 @@ class Guarded:
     def __init__(self, values: Tensor, device: str | torch.device = "cpu", offset: int = 0) -> None:
         n = values.numel()
         self.buffer = torch.full(
-            (n + 2 * GUARD + offset,), 77 if values.dtype == torch.int8 else 0.5, dtype=values.dtype
+            (n + 2 * GUARD + offset,), 0.5 if values.is_floating_point() else 77, dtype=values.dtype
         )
         self.inside = slice(GUARD + offset, GUARD + offset + n)
         self.buffer[self.inside] = values.reshape(-1)
@@ -118,15 +119,25 @@ def settings(row: Tensor) -> dict[str, float]:
     return {name: float(row[slot]) for name, slot in slots.items()}
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """float64 values, 1-D, of int8 codes and their bfloat16 scales."""
+def levels(codes: Tensor, numel: int | None = None) -> Tensor:
+    """float64 codes, 1-D: int8 as they are, or the first `numel` halves of uint8, the lower one first, from -8 to 7."""
     q = codes.cpu().double().reshape(-1)
+    if codes.dtype == torch.int8:
+        return q
+    high = torch.floor(q / 16)
+    halves = torch.stack((q - 16 * high, high), 1).reshape(-1)[:numel]
+    return halves - 16 * (halves > 7)
+
+
+def decode(codes: Tensor, scales: Tensor, numel: int | None = None) -> Tensor:
+    """float64 values, 1-D, of codes and their bfloat16 scales."""
+    q = levels(codes, numel)
     s = scales.cpu().double().repeat_interleave(BLOCK)[: q.numel()]
-    return s * q / (LEVELS * (1 + SHARPNESS) - SHARPNESS * q.abs())
+    return s * q / (LEVELS[codes.dtype] * (1 + SHARPNESS) - SHARPNESS * q.abs())
 
 
-def check_codes(codes: Tensor, scales: Tensor, values: Tensor, error: Tensor | float = 0.0) -> list[str]:
-    """codes and scales against float64 `values`, which may be off by `error` (relative to the scale)."""
+def check_codes(codes: Tensor, scales: Tensor, values: Tensor, *, stochastic: bool = False) -> list[str]:
+    """codes and scales against float64 `values`; 4-bit codes are the nearest in value, or `stochastic` one of two."""
     x = values.reshape(-1)
     s = scales.cpu().double()
     found = []
@@ -140,9 +151,20 @@ def check_codes(codes: Tensor, scales: Tensor, values: Tensor, error: Tensor | f
         found.append(f"a scale is off by {float((off - allowed).max()):.3g} more than half a bfloat16 step")
     every = s.repeat_interleave(BLOCK)[: x.numel()]
     usable = (every > 0) & every.isfinite() & x.isfinite()
-    level = LEVELS * (1 + SHARPNESS) * x.abs() / (every + SHARPNESS * x.abs())
-    q = codes.cpu().double().reshape(-1)
-    wrong = usable & ((q.abs() - level.clamp(max=LEVELS)).abs() > 0.5 + 4e-4 * LEVELS * torch.as_tensor(error) + 4e-4)
+    side = LEVELS[codes.dtype]
+    level = (side * (1 + SHARPNESS) * x.abs() / (every + SHARPNESS * x.abs())).clamp(max=side)
+    q = levels(codes, x.numel())
+    if codes.dtype == torch.int8:
+        low, high = level - 0.5, level + 0.5
+    else:
+        low, high = level.floor(), level.ceil()
+        if not stochastic:
+            parts = [s / (side * (1 + SHARPNESS) - SHARPNESS * s) for s in (low, high)]
+            nearest = torch.where(x.abs() / every - parts[0] > parts[1] - x.abs() / every, high, low)
+            low, high = nearest - 4e-3, nearest + 4e-3
+            tie = ((2 * x.abs() / every - parts[0] - parts[1]).abs() < 1e-6) | ((level - level.round()).abs() < 1e-4)
+            low, high = torch.where(tie, level - 1, low), torch.where(tie, level + 1, high)
+    wrong = usable & ((q.abs() < low - 4e-4) | (q.abs() > high + 4e-4))
     wrong |= usable & (q != 0) & (q.sign() != x.sign())
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
@@ -192,7 +214,7 @@ def check_update(
 ) -> list[str]:
     """One tensor of an update: `before` and `after` hold "p" and the state, `before` also "g"; all on the CPU.
 
-    8-bit momentum is under "exp_avg" and "exp_avg_scale".
+    Coded momentum is under "exp_avg" and "exp_avg_scale".
     """
     if float(row[L.SKIP]) != 0:
         changed = [name for name in after if not torch.equal(_bits(before[name]), _bits(after[name]))]
@@ -202,7 +224,9 @@ def check_update(
     p, g = (before[name].double().reshape(-1) for name in ("p", "g"))
     g = g * c["factor"]
     coded = "exp_avg_scale" in before
-    m = decode(before["exp_avg"], before["exp_avg_scale"]) if coded else before["exp_avg"].double().reshape(-1)
+    m = before["exp_avg"].double().reshape(-1)
+    if coded:
+        m = decode(before["exp_avg"], before["exp_avg_scale"], p.numel())
     step = c["lr"] * abs(multiplier)
     if rule == "lion":
         new_p, new_m, doubtful = lion(p, g, m, c, multiplier)
@@ -224,7 +248,7 @@ def check_update(
     terms = m.abs() + g.abs() + c["weight_decay"] * p.abs()
     for name, wanted in moments.items():
         if coded:
-            found += check_codes(after[name], after[name + "_scale"], wanted)
+            found += check_codes(after[name], after[name + "_scale"], wanted, stochastic=True)
         else:
             of = terms if name == "exp_avg" else before[name].double().reshape(-1) + terms**2
             found += check_values(name, after[name].reshape(-1), wanted, of)

@@ -28,9 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
     step.add_argument("--host", action="store_true", help="what a step costs its host, kernels counted and not started")
-    codec = kinds.add_parser("codec", help="sign flips of 8-bit momentum on recorded gradients")
+    codec = kinds.add_parser("codec", help="sign flips of momentum in 8 or 4 bits on recorded gradients")
     codec.add_argument("--gradients", type=Path, required=True, help="folder or file of recorded gradients")
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
+    codec.add_argument("--bits", type=int, default=8, choices=(8, 4), help="of a value (default: %(default)s)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
     gpu = kinds.add_parser("gpu", help="all that only a card can show, in 8 minutes, as one JSON file")
@@ -105,7 +106,7 @@ def run_codec(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--betas are {beta1} and {beta2}; expected two values from 0 to below 1")
     if not args.gradients.exists():
         raise UserError(f"{args.gradients}: no such file or folder; `finetune --record-gradients N` makes one")
-    rows, source = codec.table(args.gradients, (beta1, beta2), args.skip)
+    rows, source = codec.table(args.gradients, (beta1, beta2), args.skip, args.bits)
     return {"rows": rows, "betas": [beta1, beta2], "gradients": source}
 
 

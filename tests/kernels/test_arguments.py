@@ -42,9 +42,10 @@ def call(rule, device, coded=False):
         "lr_multipliers": torch.ones(2, device=device),
     }
     state = {name: [torch.rand(s, device=device) for s in shapes] for name in RULES[rule].state}
-    if coded:
-        for name in RULES[rule].state:
-            pairs = [quantize_blockwise(t, backend="torch") for t in state[name]]
+    if coded:  # bits, or True for 8 whether the rule has them or not
+        codecs = RULES[rule].codecs(coded) if coded is not True else [CODECS["softsign8"]] * len(state)
+        for name, codec in zip(RULES[rule].state, codecs, strict=True):
+            pairs = [quantize_blockwise(t, codec=codec.name, backend="torch") for t in state[name]]
             state[name], state[name + "_scale"] = [c for c, _ in pairs], [s for _, s in pairs]
     return made | {"state": state}
 
@@ -303,16 +304,21 @@ def test_codecs_refuse(place):
     assert "floating-point" in same_refusal(place, quantize_blockwise, x.int())
     assert "no codec has 3 bits; expected 8" in same_refusal(place, quantize_blockwise, x, bits=3)
     assert "no codec has 32 bits" in same_refusal(place, quantize_blockwise, x, bits=32)
-    for bits in [bits for bits, codec in CODECS.items() if codec.block]:
-        codes, scales = quantize_blockwise(x, bits=bits)
+    for codec in [codec for codec in CODECS.values() if codec.block]:
+
+        def says(*arguments, codec=codec, **named):
+            return same_refusal(place, dequantize_blockwise, *arguments, codec=codec.name, **named)
+
+        codes, scales = quantize_blockwise(x, codec=codec.name)
         for bad in (scales[:1], torch.cat([scales, scales]), scales[:, None]):
-            assert "need scales of shape (2,)" in same_refusal(place, dequantize_blockwise, codes, bad)
+            assert "need scales of shape (2,)" in says(codes, bad)
         for bad in (scales.float(), scales.half()):
-            assert "bfloat16 scales" in same_refusal(place, dequantize_blockwise, codes, bad)
+            assert "bfloat16 scales" in says(codes, bad)
         for bad in (codes.int(), x):
-            assert "expected int8" in same_refusal(place, dequantize_blockwise, bad, scales)
-        assert "floating-point" in same_refusal(place, dequantize_blockwise, codes, scales, torch.int32)
-        assert "meta" in same_refusal(place, dequantize_blockwise, codes, scales.to("meta"))
+            assert f"expected {str(codec.dtype).removeprefix('torch.')}" in says(bad, scales)
+        assert "floating-point" in says(codes, scales, torch.int32)
+        assert "meta" in says(codes, scales.to("meta"))
+        assert "of a tensor of shape (7,)" in says(codes, scales, shape=(7,))
 
 
 def test_empty_lists_and_tensors(place):
