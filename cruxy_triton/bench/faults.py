@@ -6,6 +6,7 @@ is transient; a fault that stays must end in a stop with a report that names it.
 the writing of checkpoints: whatever happens, the newest good one has to load, and damage has to be named.
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -206,7 +207,7 @@ def _disk(scenario: Scenario) -> Outcome:
             checkpoints.save_checkpoint(folder, step, _objects(step))
         if scenario.fault == "kill while a checkpoint is written":
             point = draw.randrange(1, 25)
-            killed = _killed_at(point, lambda: checkpoints.save_checkpoint(folder, 3, _objects(3)))
+            killed = _killed_at(point, folder, 3, _objects(3))
             expected, damage = (2, 3) if killed else (3, 3), 0
         elif scenario.fault == "full disk":
             try:
@@ -235,30 +236,38 @@ def _objects(step: int) -> dict[str, Any]:
     return {"model": {"w": w}, "optimizer": {"step": step, "exp_avg": w / 2}}
 
 
-def _killed_at(point: int, work: Callable[[], Any]) -> bool:
-    """Do `work` in a child process that is killed at its `point`-th call into the file system."""
-    child = os.fork()
-    if child == 0:
-        calls = 0
+def _killed_at(point: int, folder: Path, step: int, objects: dict[str, Any]) -> bool:
+    """Save a checkpoint in a child process that is killed at its `point`-th call into the file system."""
+    # Forked from a server without threads: a fork of this process could inherit a lock that nobody releases.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([checkpoints.__name__])
+    child = context.Process(target=_save_until, args=(point, folder, step, objects))
+    child.start()
+    child.join(60)
+    if child.exitcode not in (0, -signal.SIGKILL):
+        child.kill()
+        raise RuntimeError(f"{folder}: no checkpoint after 60 s (exit code {child.exitcode})")
+    return child.exitcode == -signal.SIGKILL
 
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
 
-            return call
+def _save_until(point: int, folder: Path, step: int, objects: dict[str, Any]) -> None:
+    calls = 0
 
-        for module, name in ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "open"),
-                             (os, "rmdir"), (os, "unlink")):  # fmt: skip
-            setattr(module, name, counted(getattr(module, name)))
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "open"),
+                         (os, "rmdir"), (os, "unlink")):  # fmt: skip
+        setattr(module, name, counted(getattr(module, name)))
+    checkpoints.save_checkpoint(folder, step, objects)
+    os._exit(0)
 
 
 @contextmanager

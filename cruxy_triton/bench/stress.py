@@ -6,39 +6,27 @@ the claim: under the guard no run ends above 1.10 times the best unguarded loss 
 rate that is best unguarded, and at that rate the guard costs nothing.
 """
 
-import concurrent.futures
 import functools
 import itertools
-import json
 import math
-import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cruxy_triton.bench.characters import CharacterModel, Size, Text, embedded_text, read_text
+from cruxy_triton.bench.runs import Runs
 from cruxy_triton.errors import UserError
-from cruxy_triton.files import writing
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.optimizer import CruxyOptimizer
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TEXTS = {"shakespeare": "tinyshakespeare.txt", "wikitext2": "wikitext2/valid.txt"}
 BEYOND, MARGIN = 30.0, 1.10
-
-
-@dataclass(frozen=True)
-class Size:
-    layers: int = 4
-    width: int = 128
-    context: int = 64
-    batch: int = 16
-    steps: int = 300
-    evaluations: int = 12
 
 
 FULL = Size()
@@ -86,75 +74,9 @@ class Run:
         return self.text, self.optimizer, self.lr, self.guard, self.seed
 
 
-# -- text and model ----------------------------------------------------------------------------------------------
-
-
-def read_text(name: str, folder: Path | None = None) -> str:
-    """A text by name from `folder`; without a folder, the sources of torch's own `nn` package.
-
-    Raises:
-        UserError: the file is not there.
-    """
-    if folder is None:
-        sources = sorted(Path(nn.__file__).parent.joinpath("modules").glob("*.py"))
-        return "".join(path.read_text(encoding="utf-8") for path in sources)[:1_000_000]
-    path = folder / TEXTS[name]
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --data is the folder that holds {', '.join(TEXTS.values())}")
-    return path.read_text(encoding="utf-8")
-
-
-class Text:
-    """Character codes, the last tenth for validation; batches by number, the same for everybody."""
-
-    def __init__(self, text: str, size: Size):
-        symbols = {c: i for i, c in enumerate(sorted(set(text)))}
-        codes = torch.tensor([symbols[c] for c in text])
-        cut = int(0.9 * len(codes))
-        self.symbols, self.size = len(symbols), size
-        self.train, self.held_out = codes[:cut], codes[cut:]
-
-    def batch(self, number: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        source = self.held_out if held_out else self.train
-        generator = torch.Generator().manual_seed(number)
-        starts = torch.randint(len(source) - self.size.context - 1, (self.size.batch,), generator=generator)
-        rows = source[starts[:, None] + torch.arange(self.size.context + 1)]
-        return rows[:, :-1], rows[:, 1:]
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        shape = (batch, length, self.heads, width // self.heads)
-        q, k, v = (t.reshape(shape).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class CharacterModel(nn.Module):
-    def __init__(self, symbols: int, size: Size):
-        super().__init__()
-        self.embed, self.position = nn.Embedding(symbols, size.width), nn.Embedding(size.context, size.width)
-        self.blocks = nn.Sequential(*[Block(size.width) for _ in range(size.layers)])
-        self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, symbols, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        x = self.embed(inputs) + self.position.weight[: inputs.shape[1]]
-        logits = self.head(self.norm(self.blocks(x)))
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def read(name: str, folder: Path | None) -> str:
+    """A text by name from `folder`; without a folder, the embedded one."""
+    return embedded_text() if folder is None else read_text(folder / TEXTS[name])
 
 
 # -- clipping by others, as published ------------------------------------------------------------------------------
@@ -249,9 +171,7 @@ def run(text: Text, name: str, optimizer: str, lr: float, guarded: bool, seed: i
                 schedule.step()
     except TrainingStopped:
         stopped = True
-    with torch.no_grad():
-        losses = [float(model.loss(*text.batch(10**9 + i, held_out=True))) for i in range(size.evaluations)]
-    loss_now = statistics.fmean(losses)
+    loss_now = model.held_out_loss(text)
     actions = "" if guard is None else guard.log.summary().partition("\n")[0]
     return Run(name, optimizer, lr, guarded, seed, loss_now if math.isfinite(loss_now) else math.inf, actions, stopped)
 
@@ -274,12 +194,10 @@ class Cell:
 
 @functools.cache
 def _text(name: str, folder: Path | None, size: Size) -> Text:
-    return Text(read_text(name, folder), size)
+    return Text(read(name, folder), size)
 
 
 def play(cell: Cell) -> Run:
-    """The cell's run, on one thread, so that it is the same however many run side by side."""
-    torch.set_num_threads(1)
     return run(_text(cell.text, cell.folder, cell.size), *cell.key())
 
 
@@ -290,36 +208,6 @@ def grid(
     """Every cell, seed by seed, so that what is done first is a whole table."""
     cells = itertools.product(range(seeds), texts, optimizers, rates, (False, True))
     return [Cell(text, folder, size, name, lr, guarded, seed) for seed, text, name, lr, guarded in cells]
-
-
-def play_all(cells: list[Cell], workers: int) -> Iterator[Run]:
-    """The runs as they end; each worker is a process of its own."""
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(play, cell) for cell in cells]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def read_runs(path: Path, size: Size) -> list[Run]:
-    """The runs that an earlier call wrote to `path`.
-
-    Raises:
-        UserError: the file is of another size of model or run, or not of this command.
-    """
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            written = json.loads(line)
-            of = Size(**written.pop("size"))
-            found.append(Run(**written))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: no run of `bench stress`; name a new file") from error
-        if of != size:
-            raise UserError(f"{path}, line {number}: a run of {of}, not of {size}; name a new file")
-    return found
 
 
 def rows(runs: list[Run]) -> list[dict[str, Any]]:
@@ -375,19 +263,13 @@ def report(
         raise UserError("--seeds and --workers must be at least 1")
     texts = list(TEXTS) if data is not None else ["embedded"]
     for name in texts:
-        read_text(name, data)
+        read(name, data)
     size = QUICK if quick else FULL
-    cells = grid(
-        texts=texts, folder=data, rates=(1e-3, 3e-2) if quick else RATES, optimizers=chosen, seeds=seeds, size=size
-    )
-    wanted = {cell.key() for cell in cells}
-    runs = [] if out is None else [r for r in read_runs(out, size) if r.key() in wanted]
-    done = {r.key() for r in runs}
-    for r in play_all([cell for cell in cells if cell.key() not in done], workers):
-        runs.append(r)
-        if out is not None:
-            with writing(out), out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**asdict(r), "size": asdict(size)}) + "\n")
+    rates = (1e-3, 3e-2) if quick else RATES
+    cells = grid(texts=texts, folder=data, rates=rates, optimizers=chosen, seeds=seeds, size=size)
+    store = Runs(Run, size, out)
+    for r in store.play(play, cells, workers):
         guard = "with guard" if r.guard else "alone"
         say(f"{r.text}, {r.optimizer}, lr {r.lr:g}, seed {r.seed}, {guard}: {r.loss:.3f} {r.actions}")
+    runs = [store.done[cell.key()] for cell in cells]
     return {"rows": rows(runs), "verdict": verdict(runs), "runs": [asdict(r) for r in runs], "seeds": seeds}

@@ -43,12 +43,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
     stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
     stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
-    stress.add_argument("--workers", type=int, default=1, help="runs at once, one thread each (default: %(default)s)")
-    stress.add_argument("--out", type=Path, help="file for each run as it ends; what it holds is not run again")
     stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
     faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
     faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
-    for kind in (step, codec, rounding, gpu, stress, faults):
+    shakespeare = kinds.add_parser("shakespeare", help="the Cruxy white paper's benchmark, with validation losses")
+    shakespeare.add_argument("--data", type=Path, help="text file (default: Tiny Shakespeare, fetched once)")
+    shakespeare.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
+    shakespeare.add_argument("--plot", type=Path, help="file for loss curves, learning rates and phases")
+    shakespeare.add_argument("--quick", action="store_true", help="a smaller model, 200 steps, three rates, one seed")
+    for kind in (stress, shakespeare):
+        kind.add_argument("--workers", type=int, default=1, help="runs at once, one thread each (default: %(default)s)")
+        kind.add_argument("--out", type=Path, help="file for each run as it ends; what it holds is not run again")
+    for kind in (step, codec, rounding, gpu, stress, faults, shakespeare):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -56,7 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.kind == "gpu":
         return run_gpu(args)
-    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults}
+    kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults,
+             "shakespeare": run_shakespeare}  # fmt: skip
     report = kinds[args.kind](args)
     code = report.pop("code", 0)
     if args.json:
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         heads = list(dict.fromkeys(head for row in rows for head in row))
         if rows:
             sys.stdout.write(columns([heads, *[[cell(row.get(head)) for head in heads] for row in rows]]) + "\n")
-    hidden = ("rows", "verdict", "runs", "absent", "work")
+    hidden = ("rows", "verdict", "runs", "absent", "work", "size", "versions")
     facts = {key: value for key, value in report.items() if key not in hidden and value is not None}
     sys.stdout.write(", ".join(f"{key}: {value}" for key, value in facts.items()) + "\n")
     for name, steps in report.get("work", {}).items():
@@ -120,9 +127,6 @@ def run_gpu(args: argparse.Namespace) -> int:
     """Exit code 0 when all parts that ran passed, else 1."""
     from cruxy_triton.bench import gpu
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     path, report = gpu.run(args.out, None if args.device == "cuda" else args.device, args.minutes, args.only, say)
     if args.json:
         print(json.dumps(report, indent=2))
@@ -135,13 +139,26 @@ def run_gpu(args: argparse.Namespace) -> int:
 def run_stress(args: argparse.Namespace) -> dict[str, Any]:
     from cruxy_triton.bench import stress
 
-    def say(line: str) -> None:
-        sys.stderr.write(line + "\n")
-
     return stress.report(
         quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, workers=args.workers,
         out=args.out, say=say,
     )  # fmt: skip
+
+
+def run_shakespeare(args: argparse.Namespace) -> dict[str, Any]:
+    from cruxy_kernels.backends.native import cache_folder
+    from cruxy_triton.bench import shakespeare
+
+    return shakespeare.report(
+        quick=args.quick, data=args.data, optimizers=args.optimizers, workers=args.workers, out=args.out,
+        plot=args.plot, cache=cache_folder(), say=say,
+    )  # fmt: skip
+
+
+def say(line: str) -> None:
+    """Progress, beside the result."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def run_faults(args: argparse.Namespace) -> dict[str, Any]:

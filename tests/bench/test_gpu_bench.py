@@ -103,7 +103,8 @@ def test_exit_code(statuses, verdict):
 def test_interruption_keeps_what_is_there(fakes, tmp_path, number):
     pids = fakes / "pids"
     code = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script inherits that it is ignored
 from cruxy_triton.bench import gpu
 from cruxy_triton import cli
 good, last = gpu.Part("good", "fakes:good", 60), gpu.Part("last", "fakes:good", 60)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cruxy_triton.bench import stress
+from cruxy_triton.bench.characters import Text
 from cruxy_triton.bench.stress import Run
 
 
@@ -66,7 +67,7 @@ def test_adagc_and_zclip_do_as_published():
 
 
 def test_batches_are_shifted_by_one_and_held_out_is_not_trained_on():
-    text = stress.Text("".join(chr(97 + i % 26) for i in range(2000)), stress.QUICK)
+    text = Text("".join(chr(97 + i % 26) for i in range(2000)), stress.QUICK)
     inputs, targets = text.batch(7)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal((inputs + 1) % 26, targets)
@@ -106,7 +107,7 @@ def test_bad_input(command, tmp_path):
     assert "unknown optimizer 'Nonesuch'" in done.stderr
     done = command("bench", "stress", "--data", str(tmp_path))
     assert done.returncode == 2
-    assert "tinyshakespeare.txt: no such file" in done.stderr
+    assert "tinyshakespeare.txt cannot be read: No such file" in done.stderr
 
 
 def test_faults_as_a_command(command):

@@ -63,7 +63,7 @@ def test_two_threads_are_as_good_as_one(place):
     sets = CACHED_TABLES // 3 + 4  # three tables for each set
     alone = [work(place, seed, sets) for seed in (1, 2)]
     together: list = [None, None]
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
     def run(i):
         barrier.wait()

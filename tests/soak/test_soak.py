@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 SOAKS = {
     "kernels torch": ("soak_kernels.py", "--backend", "torch"),
     "kernels native": ("soak_kernels.py", "--backend", "native"),
