@@ -25,7 +25,8 @@ from torch import Tensor
 
 from cruxy_kernels import RULES, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec import PLAIN, Codec, scale_name
+from cruxy_kernels.codec import Codec, scale_name
+from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
@@ -189,7 +190,7 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     for name, wanted in zip(RULES[rule].state, RULES[rule].codecs(state_bits), strict=True):
         given, scale = _tensor(value, name, place), value.get(scale_name(name))
-        coded = _codec(name, given)
+        coded = codec_of(name, given)
         shape = param.shape if coded.packed == 1 else distributed.codes_like(param, coded).shape
         if given.shape != shape or distributed.is_sharded(given) != distributed.is_sharded(param):
             raise ValueError(
@@ -224,16 +225,6 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
             else:
                 kept[name] = values.to(wide)
     return kept
-
-
-def _codec(name: str, given: Tensor) -> Codec:
-    """The codec, of those that some rule keeps this buffer in, whose codes have this dtype; else the plain one."""
-    for rule in RULES.values():
-        for codecs in rule.state_bits:
-            for of, codec in zip(rule.state, rule.codecs(codecs), strict=True):
-                if of == name and codec.block and codec.dtype == given.dtype:
-                    return codec
-    return PLAIN
 
 
 def _tensor(value: Mapping[str, Any], name: str, place: str) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_kernels.codec import CODECS, Codec
+from cruxy_kernels.codec import Codec
+from cruxy_kernels.rules import codec_of
 
 
 def active() -> bool:
@@ -35,7 +36,7 @@ def local_state(state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     numel = local(param).numel()
     for name in [name for name in kept if name.endswith("_scale")]:
         codes = name.removesuffix("_scale")
-        codec = next(c for c in CODECS.values() if c.block and c.dtype == kept[codes].dtype)
+        codec = codec_of(codes, kept[codes])
         kept[name] = kept[name][: codec.scale_count(numel)]
         if codec.packed > 1:
             kept[codes] = kept[codes][: -(-numel // codec.packed)]

@@ -53,9 +53,10 @@ class CruxyOptimizer(Optimizer):
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
-        seed: of the random bits with which 16-bit parameters and 4-bit momentum are rounded, a whole number below 2^24.
-        state_bits: 32, or for the Lion rule 8 or 4: momentum in codes with a bfloat16 scale for each 64 values, 1.03 or
-            0.53 bytes per parameter. 4 bits are rounded at random, with bits of `seed`.
+        seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24.
+        state_bits: 32 or 8, for the Lion rule also 4: codes with a bfloat16 scale for each 64 values, 1.03 bytes per
+            parameter and buffer with 8 bits (Lion has one, AdamW two), 0.53 with 4. 4 bits and AdamW's second moment
+            are rounded at random, with bits of `seed`.
         backend: "triton", "native" or "torch"; None lets the device decide (`cruxy_kernels.explain_backend`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
             hold the step (changing learning rates then have to be tensors).

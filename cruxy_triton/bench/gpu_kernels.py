@@ -173,14 +173,15 @@ def codec(device: str, name: str, dtype: torch.dtype) -> list[str]:
     generator = torch.Generator().manual_seed(5)
     found = []
     for shape, offset, size in zip(SIZES, OFFSETS * 3, (1.0, 1e-30, 1e30) * 3, strict=False):
-        held = Guarded(_draw(shape, generator, dtype, size if dtype != torch.float16 else 1.0), device, offset)
+        drawn = _draw(shape, generator, dtype, size if dtype != torch.float16 else 1.0)
+        held = Guarded(drawn.abs() if name == "quartic8" else drawn, device, offset)
         if held.tensor.numel() > 1000:
             held.tensor.view(-1)[70] = float("nan")
         values = held.tensor.cpu()
         codes, scales = kernels.quantize_blockwise(held.tensor, codec=name, backend="triton")
-        found += oracles.check_codes(codes, scales, values.double())
+        found += oracles.check_codes(name, codes, scales, values.double())
         for out in DTYPES:
             back = kernels.dequantize_blockwise(codes, scales, out, codec=name, shape=shape, backend="triton")
-            exact = oracles.decode(codes, scales, values.numel())
+            exact = oracles.decode(name, codes, scales, values.numel())
             found += oracles.check_values(f"decoded {out}", back, exact.view(shape), exact.abs().view(shape))
     return found

@@ -31,10 +31,11 @@ class Optimizer:
         return self.moments * (1 / packed + (2 / shared if shared else 0))
 
 
-# The first three are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is
+# Those of `cruxy` and `cruxy-lion` are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is
 # torch.optim.AdamW in its CUDA default (foreach), which makes the square roots of all exp_avg_sq at once.
 OPTIMIZERS = {
     "adamw-fp32": Optimizer(2, finetune="cruxy"),
+    "adamw-8bit": Optimizer(2, 8, finetune="cruxy"),
     "lion-fp32": Optimizer(1, finetune="cruxy-lion"),
     "lion-8bit": Optimizer(1, 8, finetune="cruxy-lion"),
     "lion-4bit": Optimizer(1, 4, finetune="cruxy-lion"),

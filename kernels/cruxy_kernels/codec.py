@@ -16,6 +16,16 @@ each a two's complement of 4 bits; the half behind an odd length is 0. Rounded s
 it a value takes the upper one with the probability that is right on average *in value*, so that what a step adds to a
 momentum arrives though it is less than the distance of two codes. Without random bits it takes the nearest one.
 
+"quartic8", 1.03125 bytes per value, for values of at least 0 (AdamW's second moment): a uint8 code `q`, rounded
+stochastically and right on average in value like softsign4's,
+
+    encode   q = ⌊x⌋ or ⌊x⌋ + 1,   x = 255 (v / s)^¼         (at least 1 where v > 0)
+    decode   v = s (q / 255)^4
+
+Its root, by which AdamW divides, keeps a relative precision of 2/q down to s / 255². No value above 0 becomes 0: the
+step would be as large as the momentum over eps. Drawn and not rounded to the nearest, because a step changes v by
+a thousandth of it and codes are further apart than that.
+
 bfloat16 scales keep fp32's range, so that tiny gradients live. Blocks run over the flattened tensor and the last one
 may be short. A block that holds a non-finite value decodes to NaN throughout; a block whose scale rounds to 0 (all
 |m| < 4.6e-41) decodes to 0. A code whose bits are all 0 is 0.
@@ -38,6 +48,7 @@ BLOCK = 64  # values per scale
 SHARPNESS = 3  # k, as in native.cpp
 LEVELS = 127  # codes on each side of 0
 LEVELS_4 = 7  # the same of 4 bits
+LEVELS_ROOT = 255  # codes above 0 of the second moment
 
 
 def block_scales(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +112,23 @@ def decode_softsign4(codes: Tensor, scales: Tensor) -> Tensor:
     return softsign_value((q - ((q & 8) << 1)).float(), scales, LEVELS_4)
 
 
+def encode_quartic(blocks: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """uint8 codes (n, 64) and bfloat16 scales (n,) of fp32 blocks (n, 64) of values of at least 0."""
+    scales, s, usable = block_scales(blocks)
+    part = blocks / s
+    low = (part.sqrt().sqrt_() * LEVELS_ROOT).floor_().clamp_(max=LEVELS_ROOT - 1)
+    square = low * low
+    # What lies above (l / 255)⁴, and the distance of the two levels, times 255⁴.
+    chance, whole = part * LEVELS_ROOT**4 - square * square, (2 * low + 1) * (2 * square + 2 * low + 1)
+    level = (low + (chance > thresholds(random) * whole)).clamp_(min=1)
+    return torch.where(usable & (blocks > 0), level, 0.0).to(torch.uint8), scales
+
+
+def decode_quartic(codes: Tensor, scales: Tensor) -> Tensor:
+    """fp32 values (n, 64) of uint8 codes (n, 64) and bfloat16 scales (n,)."""
+    return codes.float().square_().square_() * LEVELS_ROOT**-4 * scales.float()[:, None]
+
+
 @dataclass(frozen=True)
 class Codec:
     """One way to keep a state buffer. `block` is 0 for plain floating point, which has no scales.
@@ -161,10 +189,6 @@ class Codec:
         unit = self.block // packed
         return torch.nn.functional.pad(flat, (0, -flat.numel() % unit)).view(-1, unit)
 
-    def fits(self, codes: Tensor, numel: int) -> bool:
-        """Whether `codes` have the size of those of a tensor of `numel` elements."""
-        return codes.numel() == -(-numel // self.packed)
-
     def check(self, codes: Tensor, scales: Tensor, shape: torch.Size | None = None) -> None:
         """Raises TypeError or ValueError unless `codes` and `scales` can come from one `encode`, of a `shape`."""
         if codes.dtype != self.dtype or scales.dtype != self.scale_dtype:
@@ -202,6 +226,7 @@ if HAS_TRITON:
     _SHARPNESS = tl.constexpr(float(SHARPNESS))
     _LEVELS = tl.constexpr(float(LEVELS))
     _LEVELS_4 = tl.constexpr(float(LEVELS_4))
+    _LEVELS_ROOT, _TOP = tl.constexpr(float(LEVELS_ROOT)), tl.constexpr(float(LEVELS_ROOT) ** 4)
 
     @triton.jit
     def softsign_value_kernel(q, scale_bits, LEVELS: tl.constexpr):
@@ -226,6 +251,11 @@ if HAS_TRITON:
         magnitude = tl.abs(m)
         quotient = magnitude / (scale * 0.125 + magnitude * (0.125 * _SHARPNESS))
         return quotient * (0.125 * (1 + _SHARPNESS) * LEVELS)
+
+    @triton.jit
+    def threshold_kernel(random):
+        """What a chance has to exceed, in (0, 1], from the upper half of uint32 bits."""
+        return ((random >> 16).to(tl.int32) + 1).to(tl.float32) * 0.0000152587890625
 
     @triton.jit
     def load_plain(
@@ -291,13 +321,38 @@ if HAS_TRITON:
         low = tl.minimum(tl.floor(exact), _LEVELS_4 - 1)
         chance = (exact - low) * (_LEVELS_4 * (1 + _SHARPNESS) - _SHARPNESS - _SHARPNESS * low)
         whole = _LEVELS_4 * (1 + _SHARPNESS) - _SHARPNESS * exact
-        threshold = ((random >> 16).to(tl.int32) + 1).to(tl.float32) * 0.0000152587890625
-        level = tl.where(usable, low + tl.where(chance > threshold * whole, 1.0, 0.0), 0.0).to(tl.int32)
+        level = tl.where(usable, low + tl.where(chance > threshold_kernel(random) * whole, 1.0, 0.0), 0.0).to(tl.int32)
         q = tl.where(values < 0, -level, level)
         first, second = tl.split(tl.reshape(q, (LINES, _BLOCK // 2, 2)))
         pair = tl.arange(0, LINES)[:, None] * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)[None, :]
         pairs = ((first & 15) | (second << 4)).to(tl.int8)
         store_raw(address, start // 2, pair, (remaining + 1) // 2, pairs, "int8", MASKED)
+        store_scales(scales, start, remaining, bits, LINES, MASKED)
+
+    @triton.jit
+    def load_quartic(
+        address, scales, start, local, remaining, TYPE: tl.constexpr, LINES: tl.constexpr, MASKED: tl.constexpr
+    ):
+        """fp32 (LINES, 64) of a state kept as uint8 codes at `address` and bfloat16 scales at `scales`."""
+        codes = load_raw(address, start, local, remaining, "uint8", MASKED).to(tl.int32) & 255
+        square = codes.to(tl.float32) * codes.to(tl.float32)
+        bits = load_scales(scales, start, remaining, LINES, MASKED)
+        return square * square * (1 / _TOP) * bf16_bits_to_float(bits)[:, None]
+
+    @triton.jit
+    def store_quartic(
+        address, scales, start, local, remaining, values, random, TYPE: tl.constexpr, LINES: tl.constexpr,
+        MASKED: tl.constexpr,
+    ):  # fmt: skip
+        bits, scale, usable = block_scales_kernel(values)
+        part = values / scale
+        low = tl.minimum(tl.floor(tl.sqrt(tl.sqrt(part)) * _LEVELS_ROOT), _LEVELS_ROOT - 1)
+        square = low * low
+        chance = part * _TOP - square * square
+        whole = (2 * low + 1) * (2 * square + 2 * low + 1)
+        level = tl.maximum(low + tl.where(chance > threshold_kernel(random) * whole, 1.0, 0.0), 1.0)
+        codes = tl.where(usable & (values > 0), level, 0.0).to(tl.int32).to(tl.int8)
+        store_raw(address, start, local, remaining, codes, "uint8", MASKED)
         store_scales(scales, start, remaining, bits, LINES, MASKED)
 
     @triton.jit
@@ -329,11 +384,10 @@ if HAS_TRITON:
             values = LOAD(from_codes, from_scales, start, local, remaining, "", LINES, True)
             tl.store(out + start + local, values.to(out.dtype.element_ty), mask=local < remaining)
 
-    _PLAIN, _SOFTSIGN, _SOFTSIGN4 = (
-        (load_plain, store_plain), (load_softsign, store_softsign), (load_softsign4, store_softsign4)
-    )  # fmt: skip
+    _PLAIN, _SOFTSIGN = (load_plain, store_plain), (load_softsign, store_softsign)
+    _SOFTSIGN4, _QUARTIC = (load_softsign4, store_softsign4), (load_quartic, store_quartic)
 else:
-    _PLAIN = _SOFTSIGN = _SOFTSIGN4 = (None, None)
+    _PLAIN = _SOFTSIGN = _SOFTSIGN4 = _QUARTIC = (None, None)
 
 PLAIN = Codec("plain", 32, 0, torch.float32, load=_PLAIN[0], store=_PLAIN[1])
 CODECS: dict[str, Codec] = {
@@ -342,6 +396,8 @@ CODECS: dict[str, Codec] = {
         PLAIN,
         Codec("softsign8", 8, BLOCK, torch.int8, torch.bfloat16, encode_softsign, decode_softsign, *_SOFTSIGN),
         Codec("softsign4", 4, BLOCK, torch.uint8, torch.bfloat16, encode_softsign4, decode_softsign4, *_SOFTSIGN4,
+              random=True),
+        Codec("quartic8", 8, BLOCK, torch.uint8, torch.bfloat16, encode_quartic, decode_quartic, *_QUARTIC,
               random=True),
     )
 }  # fmt: skip

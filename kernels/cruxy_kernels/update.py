@@ -25,7 +25,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from .rounding import hash32_kernel, random_bits_kernel, round_stochastic_kernel
+    from .rounding import random_bits_kernel, round_stochastic_kernel
     from .storage import load_values, store_raw
 
     _BLOCK = tl.constexpr(BLOCK)
@@ -71,13 +71,21 @@ if HAS_TRITON:
         lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt,
         RULE: tl.constexpr, FLAGS: tl.constexpr, STATES: tl.constexpr, PARAM_TYPE: tl.constexpr,
         GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
-        LOAD_2: tl.constexpr, STORE_2: tl.constexpr, RANDOM: tl.constexpr, LINES: tl.constexpr, MASKED: tl.constexpr,
+        LOAD_2: tl.constexpr, STORE_2: tl.constexpr, CODED: tl.constexpr, RANDOM: tl.constexpr,
+        LINES: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
         random = 0
         local = tl.arange(0, LINES)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+        if CODED:
+            # Decoded before the rest is loaded: together they take registers that sm_75 does not have. Each barrier
+            # ends what the compiler would have overlap; where they stand was found by compiling (inspect/).
+            v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD_2, LINES, MASKED)
+            m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+            tl.debug_barrier()
         p = load_values(tl.load(entry + T.PARAM), start, local, remaining, PARAM_TYPE, MASKED)
         g = load_values(tl.load(entry + T.GRAD), start, local, remaining, GRAD_TYPE, MASKED) * factor
-        m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+        if not CODED:
+            m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
         if STATES == 1:
             p, m = RULE(p, g, m, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS)
             if RANDOM:
@@ -85,16 +93,23 @@ if HAS_TRITON:
             store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
             store_state(entry, 0, start, local, remaining, m, random, STATE_TYPE, STORE, LINES, MASKED)
         else:
-            v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD_2, LINES, MASKED)
+            if not CODED:
+                v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD_2, LINES, MASKED)
             p, m, v = RULE(
                 p, g, m, v, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS
             )
+            # What needs no random bits is stored before they are there, and leaves its registers to them.
+            if PARAM_TYPE == "fp32":
+                if CODED:
+                    tl.debug_barrier()
+                store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
+            store_state(entry, 0, start, local, remaining, m, random, STATE_TYPE, STORE, LINES, MASKED)
+            if CODED:
+                tl.debug_barrier()
             if RANDOM:
                 random = random_bits_of(entry, slots, start + local)
-            store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
-            store_state(entry, 0, start, local, remaining, m, random, STATE_TYPE, STORE, LINES, MASKED)
-            if RANDOM:
-                random = hash32_kernel(random)
+            if PARAM_TYPE != "fp32":
+                store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
             store_state(entry, 1, start, local, remaining, v, random, STATE_TYPE, STORE_2, LINES, MASKED)
 
     @triton.jit
@@ -114,6 +129,7 @@ if HAS_TRITON:
         STORE: tl.constexpr,
         LOAD_2: tl.constexpr,
         STORE_2: tl.constexpr,
+        CODED: tl.constexpr,
         RANDOM: tl.constexpr,
         HAS_MULTIPLIERS: tl.constexpr,
         LINES: tl.constexpr,
@@ -141,13 +157,13 @@ if HAS_TRITON:
                 update_chunk(
                     entry, slots, start, remaining, factor, multiplier,
                     lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, RULE, FLAGS, STATES,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LOAD_2, STORE_2, RANDOM, LINES, False,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LOAD_2, STORE_2, CODED, RANDOM, LINES, False,
                 )  # fmt: skip
             else:
                 update_chunk(
                     entry, slots, start, remaining, factor, multiplier,
                     lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, RULE, FLAGS, STATES,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LOAD_2, STORE_2, RANDOM, LINES, True,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LOAD_2, STORE_2, CODED, RANDOM, LINES, True,
                 )  # fmt: skip
 
 
@@ -169,6 +185,7 @@ def constants(rule: Rule, codecs: Sequence[Codec], flags: int, param: str, grad:
     return {
         "RULE": rule.kernel, "FLAGS": flags, "STATES": len(rule.state), "PARAM_TYPE": param, "GRAD_TYPE": grad,
         "STATE_TYPE": state, "LOAD": first.load, "STORE": first.store, "LOAD_2": last.load, "STORE_2": last.store,
+        "CODED": len(codecs) == 2 and last.block > 0,
         "RANDOM": param != "fp32" or any(codec.random for codec in codecs), "LINES": LINES, "LAYOUT": L.KEY + T.KEY,
     }  # fmt: skip
 
@@ -202,7 +219,7 @@ def launch_update(
     flags: int,
 ) -> None:
     """`dispatch.update_` by the kernel, with arguments that it has checked."""
-    codecs = rule.codecs_of(params, state)
+    codecs = rule.codecs_of(state)
     for batch in batches(columns_of(rule, params, grads, state), rows, ids, read_only=(T.GRAD,)):
         here = control.to(batch.device, non_blocking=True)
         factors = None if lr_multipliers is None else lr_multipliers.to(batch.device, non_blocking=True)

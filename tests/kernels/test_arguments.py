@@ -42,9 +42,8 @@ def call(rule, device, coded=False):
         "lr_multipliers": torch.ones(2, device=device),
     }
     state = {name: [torch.rand(s, device=device) for s in shapes] for name in RULES[rule].state}
-    if coded:  # bits, or True for 8 whether the rule has them or not
-        codecs = RULES[rule].codecs(coded) if coded is not True else [CODECS["softsign8"]] * len(state)
-        for name, codec in zip(RULES[rule].state, codecs, strict=True):
+    if coded:  # 8 bits, or so many
+        for name, codec in zip(RULES[rule].state, RULES[rule].codecs(8 if coded is True else coded), strict=True):
             pairs = [quantize_blockwise(t, codec=codec.name, backend="torch") for t in state[name]]
             state[name], state[name + "_scale"] = [c for c, _ in pairs], [s for _, s in pairs]
     return made | {"state": state}
@@ -132,11 +131,11 @@ BAD_CODES = {
     "scales elsewhere": replace("SCALE", 1, lambda t: t.to("meta")),
     "fewer codes": replace("STATE", 1, lambda t: t[:1]),
     "floating-point codes": replace("STATE", 1, lambda t: t.float()),
-    "uint8 codes": replace("STATE", 1, lambda t: t.view(torch.uint8)),
+    "int16 codes": replace("STATE", 1, lambda t: t.to(torch.int16)),
     "no scales for one": replace("SCALE", None, lambda ts: ts[:1]),
     "scales dropped": drop("SCALE"),
 }
-CODED = [name for name, case in RULE_CASES.items() if any(isinstance(kept, int) for kept in case.STORAGE)]
+CODED = [(name, bits) for name in RULE_CASES for bits in RULES[name].state_bits if bits != 32]
 
 
 def written(arguments):
@@ -169,9 +168,9 @@ def test_updates_refuse(place, rule, fault):
 
 
 @pytest.mark.parametrize("fault", BAD_CODES)
-@pytest.mark.parametrize("rule", CODED)
-def test_coded_updates_refuse(place, rule, fault):
-    arguments = call(rule, place.device, coded=True)
+@pytest.mark.parametrize(("rule", "bits"), CODED)
+def test_coded_updates_refuse(place, rule, bits, fault):
+    arguments = call(rule, place.device, coded=bits)
     backend = serving(place, rule)
     update_(backend=backend, **arguments)
     BAD_CODES[fault](arguments)

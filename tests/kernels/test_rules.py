@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from cases import CODEC_CASES, ROUNDINGS, RULE_CASES, draws, lowbias32, neighbours, rounded, row_values, wide
+from cases import CODEC_CASES, ROUNDINGS, RULE_CASES, draws, neighbours, rounded, row_values, wide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +45,12 @@ def test_every_rule_has_its_case():
         assert {FLOATS[kept] for kept in case.STORAGE if kept in FLOATS} == set(rule.storage)
         assert {32, *(kept for kept in case.STORAGE if kept not in FLOATS)} == set(rule.state_bits)
     assert set(CODEC_CASES) == {name for name, codec in CODECS.items() if codec.block}
+    for rule in RULES.values():
+        for bits in rule.state_bits:  # the bits that the parameters leave are enough for one
+            assert sum(codec.random for codec in rule.codecs(bits)) <= 1
+        for buffer in range(len(rule.state)):  # by which a state is recognised
+            dtypes = [rule.codecs(bits)[buffer].dtype for bits in rule.state_bits]
+            assert len(set(dtypes)) == len(dtypes)
     assert {name for rule in RULES.values() for names in rule.state_bits.values() for name in names} == set(CODECS)
 
 
@@ -151,7 +157,6 @@ class Step:
             codec, random = codec_of(self.rule, self.kept, name), None
             if codec.random:
                 random = draws(int(c.seed), int(c.step), number, value.size)
-                random = lowbias32(random) if self.case.STATE.index(name) else random
             check_codes(codec, self.state[name][i], self.state[name + "_scale"][i], value, bound, random)
 
 
@@ -352,7 +357,6 @@ def test_a_coded_state_is_the_codec_around_the_update(place, control_rows, rule)
             if codec.random:
                 c = row_values(control, 0)
                 random = draws(int(c.seed), int(c.step), i, x.numel())
-                random = lowbias32(random) if RULES[rule].state.index(name) else random
                 random = torch.from_numpy(random.astype(np.uint32).view(np.int32)).to(x.device)
                 codes, scales = codec.encode(x, random)
             assert torch.equal(codes, coded.state[name][i])

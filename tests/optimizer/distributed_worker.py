@@ -21,6 +21,7 @@ SETTINGS = {
     "adamw": {"lr": 1e-2},
     "lion": {"lr": 1e-3, "use_lion": True, "betas": (0.9, 0.99)},
     "lion8": {"lr": 1e-3, "use_lion": True, "betas": (0.9, 0.99), "state_bits": 8},
+    "adamw8": {"lr": 1e-3, "state_bits": 8},
     "lion4": {"lr": 1e-3, "use_lion": True, "betas": (0.9, 0.99), "state_bits": 4},
     "v1": {"lr": 1e-2, "mode": "stability_v1"},
     "v2": {"lr": 1e-2, "mode": "stability_v2"},
@@ -179,7 +180,7 @@ def fsdp_checkpoint(rank: int, world: int, folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    for name in ("adamw", "lion8", "lion4"):
+    for name in ("adamw", "adamw8", "lion8", "lion4"):
         model, optimizer = sharded(SETTINGS[name])
         train(model, optimizer, 0, 15, rank, world)
         weights, state = get_state_dict(model, optimizer)

@@ -17,6 +17,7 @@ from cruxy_triton import CruxyOptimizer, MetaLion
 
 SETTINGS = {
     "adamw": {"use_lion": False},
+    "adamw8": {"use_lion": False, "state_bits": 8},
     "lion": {"use_lion": True, "betas": (0.9, 0.99)},
     "lion8": {"use_lion": True, "betas": (0.9, 0.99), "state_bits": 8},
     "lion4": {"use_lion": True, "betas": (0.9, 0.99), "state_bits": 4},

@@ -17,8 +17,8 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.backends import native
 from cruxy_triton import CruxyOptimizer
 
-RULES = {"adamw": {}, "lion": {"use_lion": True}, "lion8": {"use_lion": True, "state_bits": 8},
-         "lion4": {"use_lion": True, "state_bits": 4}}  # fmt: skip
+RULES = {"adamw": {}, "adamw8": {"state_bits": 8}, "lion": {"use_lion": True},
+         "lion8": {"use_lion": True, "state_bits": 8}, "lion4": {"use_lion": True, "state_bits": 4}}  # fmt: skip
 
 
 @pytest.fixture(params=list(RULES))

@@ -361,6 +361,8 @@ def adamw_update_(
     exp_avg_sqs: Sequence[Tensor],
     control: Tensor,
     *,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     lr_multipliers: Tensor | None = None,
@@ -368,14 +370,19 @@ def adamw_update_(
     decoupled: bool = True,
     backend: str | None = None,
 ) -> None:
-    """AdamW in place: `update_("adamw", ...)` with its moments, float32, as arguments (formula: rules/adamw.py).
+    """AdamW in place: `update_("adamw", ...)` with its moments as arguments (formula: rules/adamw.py).
 
+    exp_avgs, exp_avg_sqs: float32, or codes of `quantize_blockwise`, "softsign8" and "quartic8", with their scales.
     nesterov: look one step of momentum ahead. decoupled: weight decay on the parameter (AdamW) and not through the
     gradient (Adam).
     """
+    state = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
+    for name, scales in (("exp_avg", exp_avg_scales), ("exp_avg_sq", exp_avg_sq_scales)):
+        if scales is not None:
+            state[scale_name(name)] = scales
     update_(
-        "adamw", params, grads, {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}, control, rows=rows, ids=ids,
-        lr_multipliers=lr_multipliers, nesterov=nesterov, decoupled=decoupled, backend=backend,
+        "adamw", params, grads, state, control, rows=rows, ids=ids, lr_multipliers=lr_multipliers,
+        nesterov=nesterov, decoupled=decoupled, backend=backend,
     )  # fmt: skip
 
 
@@ -532,7 +539,7 @@ def check_update(
         )
     _check_floating("params", params)
     _check_floating("grads", grads)
-    codecs = rule.codecs_of(params, state) if count else rule.codecs(32)
+    codecs = rule.codecs_of(state) if count else rule.codecs(32)
     for i, p in enumerate(params):
         if grads[i].shape != p.shape or grads[i].device != p.device:
             raise ValueError(_misfit("grads", i, grads[i], p))

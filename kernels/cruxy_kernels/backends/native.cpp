@@ -23,9 +23,9 @@ constexpr int64_t ALONE = 4;  // chunks that one thread does sooner than another
 constexpr int64_t BLOCK = 64;  // codec.py
 constexpr int LANES = 64;
 constexpr float K = 3.0f;  // SHARPNESS there
-constexpr float LEVELS = 127.0f, LEVELS_4 = 7.0f;
+constexpr float LEVELS = 127.0f, LEVELS_4 = 7.0f, LEVELS_ROOT = 255.0f, TOP = 255.0f * 255.0f * 255.0f * 255.0f;
 
-enum Type : int64_t { FP32, FP16, BF16, SOFTSIGN8, SOFTSIGN4 };  // native.py's TYPES and CODES
+enum Type : int64_t { FP32, FP16, BF16, SOFTSIGN8, SOFTSIGN4, QUARTIC8 };  // native.py's TYPES and CODES
 
 struct Row {
     int64_t param, grad, state[2], scales[2];
@@ -119,8 +119,8 @@ void decode(const int8_t* q, float levels, float scale, float* m) {
     }
 }
 
-// random: null for codes that are rounded to the nearest one.
-uint16_t encode(const float* m, float levels, const uint32_t* random, int8_t* q) {
+// The bits of a block's scale, and the scale where it can divide, else 0.
+uint16_t block_scale(const float* m, float& scale) {
     int32_t bits[BLOCK], largest = 0;
     std::memcpy(bits, m, sizeof bits);
     // The largest bits are the largest magnitude, and NaN is above all.
@@ -128,8 +128,17 @@ uint16_t encode(const float* m, float levels, const uint32_t* random, int8_t* q)
     float absmax;
     std::memcpy(&absmax, &largest, 4);
     uint16_t scale_bits = float_to_bf16<true>(absmax);
-    float scale = bf16_to_float(scale_bits);
-    if (largest >= 0x7F800000 || scale == 0) {
+    scale = largest >= 0x7F800000 ? 0.0f : bf16_to_float(scale_bits);
+    return scale_bits;
+}
+
+float threshold(uint32_t random) { return float((random >> 16) + 1) * 0x1p-16f; }
+
+// random: null for codes that are rounded to the nearest one.
+uint16_t encode(const float* m, float levels, const uint32_t* random, int8_t* q) {
+    float scale;
+    uint16_t scale_bits = block_scale(m, scale);
+    if (scale == 0) {
         std::memset(q, 0, BLOCK);
         return scale_bits;
     }
@@ -140,14 +149,28 @@ uint16_t encode(const float* m, float levels, const uint32_t* random, int8_t* q)
         float x = a / (base + a * (0.125f * K)) * (0.125f * (1 + K) * levels);
         if (random) {
             float low = float(int32_t(x < levels - 1 ? x : levels - 1)), full = levels * (1 + K);
-            float chance = (x - low) * (full - K - K * low), threshold = float((random[i] >> 16) + 1) * 0x1p-16f;
-            level[i] = int32_t(low) + (chance > threshold * (full - K * x));
+            float chance = (x - low) * (full - K - K * low);
+            level[i] = int32_t(low) + (chance > threshold(random[i]) * (full - K * x));
         } else {
             x += 0.5f;
             level[i] = int32_t(x < levels ? x : levels);
         }
     }
-    for (int i = 0; i < BLOCK; ++i) q[i] = int8_t(bits[i] < 0 ? -level[i] : level[i]);
+    for (int i = 0; i < BLOCK; ++i) q[i] = int8_t(m[i] < 0 ? -level[i] : level[i]);
+    return scale_bits;
+}
+
+uint16_t encode_quartic(const float* v, const uint32_t* random, uint8_t* q) {
+    float scale;
+    uint16_t scale_bits = block_scale(v, scale);
+    for (int i = 0; i < BLOCK; ++i) {
+        float part = v[i] / scale, x = std::sqrt(std::sqrt(part)) * LEVELS_ROOT;
+        float low = float(int32_t(x < LEVELS_ROOT - 1 ? x : LEVELS_ROOT - 1)), square = low * low;
+        float chance = part * TOP - square * square;
+        float whole = (2 * low + 1) * (2 * square + 2 * low + 1);
+        int32_t level = int32_t(low) + (chance > threshold(random[i]) * whole);
+        q[i] = uint8_t(scale > 0 && v[i] > 0 ? std::max(level, 1) : 0);
+    }
     return scale_bits;
 }
 
@@ -175,6 +198,16 @@ void load(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t 
         decode(q, LEVELS_4, bf16_to_float(at<const uint16_t>(scales)[start / BLOCK]), out);
         return;
     }
+    if (type == QUARTIC8) {
+        uint8_t q[BLOCK] = {};
+        std::memcpy(q, at<const uint8_t>(address) + start, n);
+        const float scale = bf16_to_float(at<const uint16_t>(scales)[start / BLOCK]);
+        for (int i = 0; i < BLOCK; ++i) {
+            float code = float(int32_t(q[i])), square = code * code;
+            out[i] = square * square * (1 / TOP) * scale;
+        }
+        return;
+    }
     uint16_t bits[BLOCK] = {};
     std::memcpy(bits, at<const uint16_t>(address) + start, n * sizeof(uint16_t));
     if (type == BF16)
@@ -183,7 +216,7 @@ void load(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t 
         for (int i = 0; i < BLOCK; ++i) out[i] = fp16_to_float(bits[i]);
 }
 
-// Stores what `load` loads, rounded to nearest; codes of 4 bits by `random`.
+// Stores what `load` loads, rounded to nearest; codes that are drawn by `random`.
 void store(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t n, const float* values,
            const uint32_t* random = nullptr) {
     if (type == FP32) {
@@ -198,6 +231,10 @@ void store(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t
         at<uint16_t>(scales)[start / BLOCK] = encode(values, LEVELS_4, random, q);
         for (int i = 0; i < BLOCK / 2; ++i) pairs[i] = uint8_t((q[2 * i] & 15) | q[2 * i + 1] << 4);
         std::memcpy(at<uint8_t>(address) + start / 2, pairs, (n + 1) / 2);
+    } else if (type == QUARTIC8) {
+        uint8_t q[BLOCK];
+        at<uint16_t>(scales)[start / BLOCK] = encode_quartic(values, random, q);
+        std::memcpy(at<uint8_t>(address) + start, q, n);
     } else {
         uint16_t bits[BLOCK];
         if (type == BF16)
@@ -294,7 +331,7 @@ void update(const Row* rows, int64_t tensors, const Values* values, const float*
         const float multiplier = multipliers ? multipliers[row.index] : 1.0f;
         float p[BLOCK], g[BLOCK], state[2][BLOCK];
         uint32_t random[BLOCK];
-        const bool draws = row.param_type != FP32 || row.state_type[0] == SOFTSIGN4;
+        const bool draws = row.param_type != FP32 || row.state_type[0] == SOFTSIGN4 || row.state_type[1] == QUARTIC8;
         for (int64_t k = 0; k < piece.length; k += BLOCK) {
             const int64_t start = piece.start + k, n = std::min(BLOCK, piece.length - k);
             load(row.param_type, row.param, 0, start, n, p);

@@ -33,7 +33,7 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off
 # Below this a step takes less time than the compiler would: PyTorch serves it, unless the loops are there already.
 MIN_ELEMENTS = 1 << 18
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # native.cpp's Type
-CODES = {"softsign8": 3, "softsign4": 4}  # the same, of codecs
+CODES = {"softsign8": 3, "softsign4": 4, "quartic8": 5}  # the same, of codecs
 _COMPILE_SECONDS = 300
 RULES_SERVED = ("lion", "adamw")  # the functions of native.cpp
 
@@ -226,7 +226,7 @@ def update(
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
     states, scales = [here[name] for name in rule.state], [here.get(scale_name(name)) for name in rule.state]
     grads = [g.contiguous() for g in grads]
-    table = table_of(here[""], grads, states, scales, rows, ids, rule.codecs_of(params, state))
+    table = table_of(here[""], grads, states, scales, rows, ids, rule.codecs_of(state))
     run_update(rule, table, control, lr_multipliers, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..codec import BLOCK, scale_name
 from ..laws import layout as L
 from ..laws.telemetry import combine, statistics
-from ..rounding import hash32, random_bits, round_stochastic
+from ..rounding import random_bits, round_stochastic
 from ..rules import Rule
 
 # Elements per piece: large enough that both threads of a small machine share an operator, small enough that
@@ -137,7 +137,7 @@ def update(
         types = (params[i].dtype, *[state[name][i].dtype for name in rule.state])
         return (0 if rows is None else rows[i], str(params[i].device), str(types))
 
-    codecs = rule.codecs_of(params, state)
+    codecs = rule.codecs_of(state)
     for (row, _, _), run in groupby(sorted(range(len(params)), key=kind), key=kind):
         indices = list(run)
         p, g = [params[i] for i in indices], [grads[i] for i in indices]
@@ -174,9 +174,7 @@ def update(
                 if codec.encode_blocks is None:
                     piece.store(s[name], torch.where(c.skip, before, after))
                     continue
-                bits = None
-                if codec.random and random is not None:
-                    bits = (hash32(random) if number else random).view(-1, BLOCK)
+                bits = random.view(-1, BLOCK) if codec.random and random is not None else None
                 codes, scales = codec.encode_blocks(after.view(-1, BLOCK), bits)
                 piece.store(s[name], torch.where(c.skip, kept[number][0], codes.view(-1)), codec.packed)
                 piece.store(s[scale_name(name)], torch.where(c.skip, kept[number][1], scales), BLOCK)

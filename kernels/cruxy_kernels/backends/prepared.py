@@ -54,11 +54,11 @@ class PreparedUpdate:
         if self.usable and served == "triton":
             columns = columns_of(self.rule, params, grads, state)
             self._batches = list(batches(columns, rows, ids, make_table=build))
-            self._codecs = self.rule.codecs_of(params, state)
+            self._codecs = self.rule.codecs_of(state)
         elif self.usable:
             states = [state[name] for name in self.rule.state]
             scales = [state.get(scale_name(name)) for name in self.rule.state]
-            codecs = self.rule.codecs_of(params, state)
+            codecs = self.rule.codecs_of(state)
             self._table = native.table_of(params, grads, states, scales, rows, ids, codecs)
 
     def set_grads(self, addresses: Sequence[int]) -> None:

@@ -17,8 +17,8 @@ class Rule:
     state: names of its state buffers, at most two.
     storage: floating-point dtypes that a buffer may have (float64 beside them, with float64 parameters).
     state_bits: the widths that its state may have, and for each the codec of every buffer by its name in CODECS.
-        The codecs that one buffer may have differ in the dtype of their codes or in the codes per element: by these
-        a state is recognised.
+        The codecs that one buffer may have differ in the dtype of their codes: by it a state is recognised. At most
+        one codec of a width is rounded at random: it takes the half of the bits that the parameters leave.
     betas: its usual coefficients.
     ages: whether it reads the bias corrections, so that a tensor's age matters.
     flags: names of its switches and their defaults; the kernel gets them as the bits of FLAGS, first name lowest.
@@ -48,17 +48,14 @@ class Rule:
         """The codec of each state buffer at a width."""
         return tuple(CODECS[name] for name in self.state_bits[bits])
 
-    def codecs_of(self, params: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]]) -> tuple[Codec, ...]:
+    def codecs_of(self, state: Mapping[str, Sequence[Tensor]]) -> tuple[Codec, ...]:
         """The codec of each buffer of this state, by the first tensor's codes; TypeError where they are of none."""
         if scale_name(self.state[0]) not in state:
             return self.codecs(32)
-        first, numel = [state[name][0] for name in self.state], params[0].numel()
+        first = [state[name][0] for name in self.state]
         known = [self.codecs(bits) for bits in self.state_bits if bits != 32]
-        known = [found for found in known if [c.dtype for c in found] == [codes.dtype for codes in first]]
         for found in known:
-            if all([codec.fits(codes, numel) for codec, codes in zip(found, first, strict=True)]):
+            if [codec.dtype for codec in found] == [codes.dtype for codes in first]:
                 return found
-        if known:
-            return known[0]  # of another size: `Codec.check` says which
         given = ", ".join(f"{name}[0] is {codes.dtype}" for name, codes in zip(self.state, first, strict=True))
         raise TypeError(f"{given} with scales; {self.name} has no such codes")
