@@ -20,6 +20,7 @@ class Size:
     evaluations: int = 12  # batches of the held-out text
 
 
+
 def embedded_text() -> str:
     """A million characters that every machine has: the sources of torch's own `nn` package."""
     sources = sorted(Path(nn.__file__).parent.joinpath("modules").glob("*.py"))

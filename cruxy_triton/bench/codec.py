@@ -2,8 +2,8 @@
 
 Two Lions read the same gradients. One keeps its momentum in fp32, the other stores it in 8 or 4 bits after every
 step. A flip is an element whose update sign differs in a step. `cruxy_kernels.codec` uses the winners; the
-choice can be repeated with `cruxy-triton bench codec --gradients FILE`, and for 4 bits with `--bits 4`; `losses`
-trains the small model of `bench stress` with candidates in the place of Lion's state (`--text FOLDER`).
+choice can be repeated with `cruxy-triton bench codec --gradients FILE`, and for 4 bits with `--bits 4`. `--text FILE`
+trains the small model of `bench stress` on that text with the winners in the place of Lion's and AdamW's state.
 
 FILE is the folder that `cruxy-triton finetune --record-gradients N` leaves, or a safetensors file with a key for
 each parameter, its value of shape (steps, *parameter shape), and `source` in the metadata.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cruxy_kernels.codec import SHARPNESS
+from cruxy_triton.bench.characters import CharacterModel, Text
 from cruxy_triton.errors import UserError
 
 # How a value between two codes takes one of them: the nearest one; up with the distance in levels for a probability;
@@ -249,16 +250,39 @@ def table(path: Path, betas: tuple[float, float], skip: int = 0, bits: int = 8) 
 SETTINGS = {"lion": (5e-4, (0.9, 0.95), 0.3), "adamw": (2e-3, (0.9, 0.99), 0.1)}
 
 
-def loss_of(text: Any, rule: str, kept: tuple[Candidate | None, ...], seed: int, lr: float | None = None) -> float:
+FOUR_BITS = Candidate("softsign k=3", 64, "bf16", **softsign(SHARPNESS), bits=4, rounding="by value")
+EIGHT_BITS = Candidate("softsign k=3", 64, "bf16", **softsign(SHARPNESS))
+SECOND_MOMENT = Candidate("fourth root", 64, "bf16", **power(0.25), rounding="by value", signed=False)
+# What `losses` trains: the rule, and for each of its buffers a candidate, None for fp32.
+KEPT = {
+    "Lion, fp32": ("lion", (None,)),
+    "Lion, 8 bits": ("lion", (EIGHT_BITS,)),
+    "Lion, 4 bits": ("lion", (FOUR_BITS,)),
+    "AdamW, fp32": ("adamw", (None, None)),
+    "AdamW, 8 bits": ("adamw", (EIGHT_BITS, SECOND_MOMENT)),
+}
+
+
+def losses(text: Text, seeds: int, say: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """A row of validation losses for each of KEPT."""
+    rows: list[dict[str, Any]] = []
+    for name, (rule, kept) in KEPT.items():
+        found = []
+        for seed in range(seeds):
+            found.append(loss_of(text, rule, kept, seed))
+            say(f"{name}, seed {seed}: {found[-1]:.4f}")
+        by_seed = {f"seed {i}": loss for i, loss in enumerate(found)}
+        rows.append({"state": name} | by_seed | {"mean": sum(found) / seeds})
+    return rows
+
+
+def loss_of(text: Text, rule: str, kept: tuple[Candidate | None, ...], seed: int) -> float:
     """Validation loss of the model of `bench stress` after a run whose state goes through `kept` after every step.
 
-    text: `stress.Text`. kept: a candidate for each state buffer of the rule, None for fp32. Gradients are clipped to
+    kept: a candidate for each state buffer of the rule, None for fp32. Gradients are clipped to
     a norm of 1.
     """
-    from cruxy_triton.bench.characters import CharacterModel
-
-    usual, (beta1, beta2), decay = SETTINGS[rule]
-    lr = lr or usual
+    lr, (beta1, beta2), decay = SETTINGS[rule]
     size = text.size
     torch.manual_seed(seed)
     model = CharacterModel(text.symbols, size)

@@ -173,9 +173,9 @@ def check_codes(codec: str, codes: Tensor, scales: Tensor, values: Tensor, *, st
             share = (part - below) / (above - below)
             low, high = low + (share > 0.5 + 1e-3), low + (share >= 0.5 - 1e-3)
         # A level that fp32 puts on the other side of a whole number is drawn there, and the same comes out.
-        on_it = (level - level.round()).abs() < 4e-4
-        low = torch.where(on_it, level.round() - stochastic, low)
-        high = torch.where(on_it, level.round() + stochastic, high)
+        on_it, one = (level - level.round()).abs() < 4e-4, int(stochastic)
+        low = torch.where(on_it, level.round() - one, low)
+        high = torch.where(on_it, level.round() + one, high)
         if codec == "quartic8":
             low, high = low.clamp(min=1), high.clamp(min=1)
             low = torch.where(x == 0, 0.0, low)

@@ -96,7 +96,9 @@ def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None
     return None, f"{name} ({arch})"
 
 
-def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | None = None) -> str:
+def choose(
+    tensors: Sequence[Tensor], backend: str | None = None, rule: str | None = None, codecs: Sequence[Codec] = ()
+) -> str:
     """The backend for a call on these parameters, gradients and states, with this update rule.
 
     Dtypes that no kernel stores (float64) go to PyTorch, as do CPU steps that are too small to compile for.
@@ -106,7 +108,7 @@ def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | No
         return "torch"
     chosen = explain(tensors[0].device, backend)[0]
     if chosen == "native":
-        obstacle = native.obstacle(tensors, rule)
+        obstacle = native.obstacle(tensors, rule, codecs)
         if obstacle is not None:
             if not is_open:
                 raise TypeError(f"backend 'native' cannot serve {obstacle}")
@@ -130,7 +132,8 @@ def choose_for_update(
     backend: str | None,
 ) -> str:
     """The backend that serves this update."""
-    return choose([*params, *grads, *[t for name in rule.state for t in state[name]]], backend, rule.name)
+    buffers = [t for name in rule.state for t in state[name]]
+    return choose([*params, *grads, *buffers], backend, rule.name, rule.codecs_of(state))
 
 
 def _choose_small(device: torch.device, backend: str | None) -> str:

@@ -133,10 +133,12 @@ def _compile(compiler: str, path: Path) -> None:
         os.replace(built, path)
 
 
-def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
+def obstacle(tensors: Sequence[Tensor], rule: str | None = None, codecs: Sequence[Codec] = ()) -> str | None:
     """Why these parameters, gradients and state buffers cannot be served, or None."""
     if rule not in (None, *RULES_SERVED):
         return f"the rule {rule}: native.cpp has {', '.join(RULES_SERVED)}"
+    if absent := [codec.name for codec in codecs if codec.block and codec.name not in CODES]:
+        return f"the codec {absent[0]}: native.cpp has {', '.join(CODES)}"
     if odd := {t.dtype for t in tensors} - {*TYPES, torch.int8, torch.uint8}:
         return f"{', '.join(sorted(map(str, odd)))} tensors: it needs float32, float16 or bfloat16"
     if not all([t.is_cpu for t in tensors]):
