@@ -5,7 +5,6 @@ From one step to the next an optimizer's tensors seldom change: mostly it is the
 time that sorting and checking them takes; the launches then go out from tables that are there already.
 """
 
-import itertools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import cruxy_kernels as kernels
 from cruxy_kernels import layout as L
 from cruxy_triton import distributed, groups
 
-_grad, _dtype = operator.attrgetter("grad"), operator.attrgetter("dtype")
+_dtype, _nbytes = operator.attrgetter("dtype"), operator.attrgetter("nbytes")
 _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
 
 
@@ -43,7 +42,7 @@ class Batch:
         self.params.append(param)
         self.grads.append(grad)
         for name, tensor in state.items():
-            if name != "step":
+            if name not in groups.NO_MOMENTS:
                 self.state.setdefault(name, []).append(tensor)
         self.rows.append(row)
         self.ids.append(number)
@@ -59,34 +58,47 @@ class Batch:
         self.prepared = prepared if prepared.usable else None
         return prepared.usable
 
-    def telemetry(self, gamma: float, found_inf: Tensor | None, backend: str | None) -> Tensor:
-        """The statistics of the gradients on all ranks, (n, 4): their sum is the total."""
+    def telemetry(self, gamma: float, found_inf: Tensor | None, backend: str | None, by_tensor: bool = False) -> Tensor:
+        """The statistics of the gradients on all ranks, (n, 4): their sum is the total. by_tensor: see `spans`."""
         if self.prepared is not None:
-            return self.prepared.telemetry(gamma)
-        part = kernels.gradient_telemetry(self.grads, gamma=gamma, partial=self.mesh is None, backend=backend)
+            return self.prepared.telemetry(gamma, by_tensor=by_tensor)
+        part = kernels.gradient_telemetry(
+            self.grads, gamma=gamma, per_tensor=by_tensor, partial=self.mesh is None, backend=backend
+        )
         if self.mesh is None:
             return part
         if found_inf is not None:  # a rank's GradScaler knows only its own shards
-            part[L.COUNT_NONFINITE] += found_inf.to(part.device, non_blocking=True).reshape(())
+            first = part.view(-1, L.NUM_TELEMETRY)[0]
+            first[L.COUNT_NONFINITE] += found_inf.to(part.device, non_blocking=True).reshape(())
         return distributed.over_mesh(part, self.mesh)
 
-    def update(self, control: Tensor, backend: str | None) -> None:
-        control = control.to(self.device, non_blocking=True)
+    def spans(self) -> Tensor:
+        """int32 (tensors, 2) on the CPU: of each tensor the first row of `telemetry(by_tensor=True)`, and how many."""
+        spans = None if self.prepared is None else self.prepared.spans()
+        count = len(self.params)
+        return torch.stack((torch.arange(count), torch.ones(count)), 1).int() if spans is None else spans
+
+    def update(self, control: Tensor, backend: str | None, grad_factors: Tensor | None = None) -> None:
+        """The update; `grad_factors`: float32 (tensors,), on any device."""
+        if control.device != self.device:
+            control = control.to(self.device, non_blocking=True)
+        if grad_factors is not None:
+            grad_factors = grad_factors.to(self.device, non_blocking=True)
         if self.prepared is not None:
-            self.prepared.update(control)
+            self.prepared.update(control, grad_factors=grad_factors)
             return
         grads = [_centralized(g) if g.dim() > 1 and g.numel() else g for g in self.grads] if self.use_gc else self.grads
         kernels.update_(
-            self.rule, self.params, grads, self.state, control, rows=self.rows, ids=self.ids, backend=backend,
-            **groups.named_flags(self.rule, self.flags),
+            self.rule, self.params, grads, self.state, control, rows=self.rows, ids=self.ids,
+            grad_factors=grad_factors, backend=backend, **groups.named_flags(self.rule, self.flags),
         )  # fmt: skip
 
 
 class StepPlan:
     """The batches of a step, for as long as nothing but the gradients' addresses changes.
 
-    params: all tensors with a gradient, batch by batch. absent: those without. key: whatever else decides the batches
-    (settings, rows); with another key they serve no more. Holds no gradient between the steps.
+    key: whatever else decides the batches (settings, rows); with another key they serve no more. Holds no gradient
+    between the steps.
     """
 
     def __init__(
@@ -95,10 +107,10 @@ class StepPlan:
         self.batches, self._absent, self._key = batches, absent, key
         self._params = [p for batch in batches for p in batch.params]
         grads = [g for batch in batches for g in batch.grads]
-        self._param_addresses = list(map(_address, self._params))
-        self._dtypes = list(map(_dtype, grads))
-        self._grad_addresses, self._grad_ids = list(map(_address, grads)), list(map(id, grads))
-        self._state_addresses = _state_addresses(state)
+        self._param_addresses, self._grad_addresses = list(map(_address, self._params)), list(map(_address, grads))
+        # A vocabulary that is cut down in place, or a view transposed in place, has the address that it had.
+        self._sizes, self._dtypes = list(map(_nbytes, self._params + grads)), list(map(_dtype, self._params + grads))
+        self._state = _StateAddresses(batches, state)
 
     @classmethod
     def prepared(
@@ -118,28 +130,29 @@ class StepPlan:
             batch.grads = []
         return plan
 
-    def serves(self, state: Mapping[Tensor, dict[str, Any]], key: Any) -> bool:
-        """Whether the present step is one of these batches; they have its gradients then."""
+    def serves(self, state: Mapping[Tensor, dict[str, Any]] | None, key: Any) -> bool:
+        """Whether the present step is one of these batches; they have its gradients then.
+
+        state: None where nobody but the optimizer can have reached its tensors.
+        """
         if key != self._key or any([p.grad is not None for p in self._absent]):
             return False
-        grads = list(map(_grad, self._params))
+        grads: list[Any] = [p.grad for p in self._params]  # one that is missing is noticed below
+        tensors = self._params + grads
         try:
             addresses = list(map(_address, grads))
             same = (
                 list(map(_address, self._params)) == self._param_addresses
-                and _state_addresses(state) == self._state_addresses
+                and list(map(_nbytes, tensors)) == self._sizes
+                and list(map(_dtype, tensors)) == self._dtypes
+                and all(map(_contiguous, tensors))
+                and (state is None or self._state.same(state))
             )
-        except (TypeError, RuntimeError):  # a gradient that is missing now or sparse, a state that is no tensor
+        except (TypeError, KeyError, AttributeError, RuntimeError):  # a gradient missing or sparse, a state gone
             return False
         if not same:
             return False
-        moved, ids = addresses != self._grad_addresses, list(map(id, grads))
-        # The same objects at the same addresses have the dtypes and strides that they had.
-        if (moved or ids != self._grad_ids) and (
-            list(map(_dtype, grads)) != self._dtypes or not all(map(_contiguous, grads))
-        ):
-            return False
-        self._grad_ids = ids
+        moved = addresses != self._grad_addresses
         if moved:
             self._grad_addresses = addresses
             start = 0
@@ -150,9 +163,25 @@ class StepPlan:
         return True
 
 
-def _state_addresses(state: Mapping[Tensor, dict[str, Any]]) -> list[int]:
-    """Of every tensor's state: whoever moves a state elsewhere and back replaces its tensors, or their data."""
-    return list(map(_address, itertools.chain.from_iterable(map(dict.values, state.values()))))
+class _StateAddresses:
+    """Where the state of some batches lies: whoever moves a state away and back replaces tensors, or their data."""
+
+    def __init__(self, batches: list[Batch], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._all = list(state.values())
+        self._lengths = list(map(len, self._all))
+        self._read = [(name, [state[p] for p in batch.params]) for batch in batches for name in batch.state]
+        self._addresses = self._now()
+
+    def _now(self) -> list[list[int]]:
+        # `step` is left out: no kernel reads it.
+        tensors = [list(map(operator.itemgetter(name), states)) for name, states in self._read]
+        return [list(map(read, each)) for each in tensors for read in (_address, _nbytes, _dtype, _contiguous)]
+
+    def same(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether they lie there still; raises what reading an odd state raises."""
+        states = list(state.values())
+        same = len(states) == len(self._all) and all(map(operator.is_, states, self._all))
+        return same and list(map(len, states)) == self._lengths and self._now() == self._addresses
 
 
 def _centralized(grad: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
 
-    {"state": {index: {"step": 0-dim fp32, "exp_avg": ..., "exp_avg_sq": ...}},
+    {"state": {index: {"step": 0-dim fp32, "exp_avg": ..., "exp_avg_sq": ..., "clip": fp32 (NUM_HISTORY,)}},
      "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
 `control` is the group's main row of the control vector: the statistics, the controller's multiplier and its
 histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in fewer bits
-is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`).
+is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`). `clip` is there with `clip="tensor"` alone.
 
 The functions here are pure: `read` makes and checks everything before an optimizer is touched.
 """
@@ -52,7 +52,7 @@ def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> 
         for group in param_groups
     ]
     states = {
-        index.get(key, key): {**value, "step": value["step"].clone()} if "step" in value else value
+        index.get(key, key): value | {name: value[name].clone() for name in groups.NO_MOMENTS if name in value}
         for key, value in state.items()
         if key in index or not isinstance(key, Tensor)
     }
@@ -79,6 +79,7 @@ def read(
     *,
     mode: str,
     state_bits: int,
+    clip: str | None,
     defaults: Mapping[str, Any],
 ) -> Checkpoint:
     """Check a state_dict of ours, of torch's Adam or AdamW, or of lion-pytorch against an optimizer's groups.
@@ -89,7 +90,8 @@ def read(
       optimizer, the statistics start afresh (with a warning) while moments and ages are kept;
     - a checkpoint of another rule gives the state that both have (the momentum, from AdamW to Lion; the settings
       stay the optimizer's own); where the optimizer's rule needs more than that, it is refused;
-    - state is converted where `state_bits` differs, to the nearest codes.
+    - state is converted where `state_bits` differs, to the nearest codes;
+    - histories of `clip="tensor"` are taken over by an optimizer that clips so; where there are none, they begin.
 
     Raises:
         ValueError: the checkpoint has other parameters, settings out of range, or a state that cannot be used:
@@ -120,6 +122,8 @@ def read(
         for place, (p, value) in zip(where, held.items(), strict=True):
             found.ages[-1][p] = _age(value, place)
             found.state[p] = _state(value, p, rule_of(group), state_bits, place)
+            if clip == "tensor" and "clip" in value:
+                found.state[p]["clip"] = _history(value["clip"], place)
         control, saved_mode = saved.pop("control", None), saved.pop("mode", None)
         found.controls.append(_control(control, saved_mode, mode, f"group {i}"))
         found.groups.append(_settings(group, saved, defaults, ours=control is not None, same_rule=same_rule))
@@ -159,7 +163,7 @@ def _check_rule(group: Group, held: list[Any]) -> bool:
             raise ValueError(f"the checkpoint's state holds a {type(value).__name__}; expected names and tensors")
     keys = set().union(*held)
     moments = {name for rule in RULES.values() for name in rule.state}
-    unknown = keys - moments - {scale_name(name) for name in moments} - {"step"}
+    unknown = keys - moments - {scale_name(name) for name in moments} - set(groups.NO_MOMENTS)
     if unknown or "exp_avg" not in keys:
         raise ValueError(
             f"the checkpoint's state holds {_names(keys)}; expected exp_avg, with exp_avg_sq for the AdamW rule: "
@@ -182,6 +186,16 @@ def _age(value: Mapping[str, Any], place: str) -> float:
     if not (isinstance(step, (int, float)) and 0 <= step < math.inf):
         raise ValueError(f"{place} of the checkpoint: step is {value['step']!r}; expected a number of at least 0")
     return float(step)
+
+
+def _history(value: Any, place: str) -> Tensor:
+    """The norms that a tensor's gradients have had."""
+    fits = isinstance(value, Tensor) and value.shape == (L.NUM_HISTORY,) and value.dtype == torch.float32
+    if not fits or not bool((value.isfinite() & (value >= 0)).all()):
+        raise ValueError(
+            f"{place} of the checkpoint: clip is not {L.NUM_HISTORY} float32 numbers of at least 0; it is damaged"
+        )
+    return value.detach().clone()
 
 
 def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, place: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cruxy_kernels import layout as L
 from cruxy_kernels.codec import Codec
 from cruxy_kernels.rules import codec_of
 
@@ -61,12 +62,19 @@ def statistics_key(param: Any) -> Any:
 
 
 def over_mesh(telemetry: Tensor, key: Any) -> Tensor:
-    """The telemetry of every rank whose shards make up the parameters of `key`, (ranks, 4); all get the same."""
+    """The telemetry of every rank whose shards make up the parameters of `key`; all get the same.
+
+    (4,) becomes (ranks, 4); per tensor, (n, 4), the ranks' rows are added up, in the order of the ranks.
+    """
     mesh, dimensions = key
-    telemetry = telemetry[None]
+    every = telemetry[None]
     for dimension in dimensions:
-        telemetry = _gathered(telemetry, mesh.get_group(dimension))
-    return telemetry
+        every = _gathered(every, mesh.get_group(dimension))
+    if telemetry.dim() == 1:
+        return every
+    total = every.sum(0)
+    total[:, L.MAX_ABS] = every[:, :, L.MAX_ABS].amax(0)
+    return total
 
 
 def mean_loss(loss: Tensor, group: Any) -> Tensor:

@@ -36,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is moved into place, on error removed."""
+    """Yields a temporary path beside `path`; on success it is moved into place, when the disk has it, else removed."""
     target = Path(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
     os.close(handle)
@@ -44,6 +44,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         make_readable(temporary)
+        sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -66,12 +67,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Moves a complete folder to `target`, replacing what is there."""
+    """Moves a complete folder to `target`, replacing what is there, when the disk has all of it."""
+    for path in (*source.rglob("*"), source):
+        sync(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     source.rename(target)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -101,7 +105,6 @@ def seal(folder: Path) -> None:
     for path in contents:
         sync(path)
     write_json(folder / CHECKSUMS, {p.relative_to(folder).as_posix(): digest(p) for p in contents})
-    sync(folder / CHECKSUMS)
     sync(folder)
 
 

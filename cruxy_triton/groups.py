@@ -20,9 +20,12 @@ Group = dict[str, Any]
 
 # Flags of a rule that a group knows under another name.
 SETTING_OF_FLAG = {"nesterov": "use_nesterov", "decoupled": "decoupled_weight_decay"}
+# What a tensor's state holds beside the rule's buffers and their scales: views of what the optimizer keeps itself.
+NO_MOMENTS = ("step", "clip")
 # Settings of the whole optimizer, which a group cannot have of its own.
 SHARED = (
-    "mode", "state_bits", "bounds", "guard", "gamma_norm", "meta_lr_eta", "meta_lr_beta2", "meta_interval", "backend"
+    "mode", "state_bits", "bounds", "guard", "clip", "gamma_norm", "meta_lr_eta", "meta_lr_beta2", "meta_interval",
+    "backend",
 )  # fmt: skip
 
 
@@ -100,7 +103,7 @@ def check_states(group: Group, state: Mapping[Tensor, Mapping[str, Any]]) -> Non
     wanted = set(RULES[rule_of(group)].state)
     for p in group["params"]:
         held = state.get(p)
-        if held and {name for name in held if name != "step" and not name.endswith("_scale")} != wanted:
+        if held and {name for name in held if name not in NO_MOMENTS and not name.endswith("_scale")} != wanted:
             raise ValueError(
                 f"a group's update rule is now {rule_of(group)!r}, but its states are of another rule "
                 f"({', '.join(sorted(held))}); make a new optimizer, whose load_state_dict takes over what fits"

@@ -87,7 +87,7 @@ class History:
         """Where `control_step` writes the row of a step; None where nothing is remembered."""
         if self._rows.device != device:
             self._rows = self._rows.to(device)
-        return self._rows if len(self._rows) else None
+        return self._rows if self._rows.shape[0] else None
 
     def read(self, row: Tensor) -> list[dict[str, Any]]:
         """The remembered steps by name, oldest first; `row`: the present one. Waits for the device."""

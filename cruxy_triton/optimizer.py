@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import cruxy_kernels as kernels
 from cruxy_kernels import RULES
@@ -19,11 +20,14 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.batches import Batch, StepPlan
+from cruxy_triton.clipping import Histories
 from cruxy_triton.controllers.meta import slow_loop
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
 from cruxy_triton.metrics import History, Reader, calls, named
 from cruxy_triton.rows import ControlRows
+
+CLIPPING = ("global", "tensor", None)
 
 
 class CruxyOptimizer(Optimizer):
@@ -51,6 +55,9 @@ class CruxyOptimizer(Optimizer):
             only the clamps of the published laws, and switches the early warning's intervention off.
         guard: keep outlier steps (4x the running level, unless five in a row) out of the statistics, and
             let the early warning act. Steps with non-finite gradients or loss are skipped either way.
+        clip: "global", the mode's own limit of the norm of all gradients together (stability_v1 has none); "tensor",
+            each tensor's gradient at 1.05 times the norms it has had (AdaGC; docs/laws.md, section 2.6), in its
+            place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
         seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24.
@@ -95,6 +102,7 @@ class CruxyOptimizer(Optimizer):
         state_bits: int = 32,
         bounds: tuple[float, float] | None = (0.1, 4.0),
         guard: bool = True,
+        clip: str | None = "global",
         backend: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -123,6 +131,8 @@ class CruxyOptimizer(Optimizer):
         known = sorted({bits for known in RULES.values() for bits in known.state_bits})
         if state_bits not in known:
             raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, known))}")
+        if clip not in CLIPPING:
+            raise ValueError(f"clip is {clip!r}; expected one of {', '.join(map(repr, CLIPPING))}")
         if not (isinstance(history, int) and history >= 0):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         if not (isinstance(seed, int) and 0 <= seed < 1 << 24):
@@ -135,10 +145,14 @@ class CruxyOptimizer(Optimizer):
         self.gamma_norm = gamma_norm
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.guard = guard
+        self.clip = clip
         self.seed = seed
         self._rows = ControlRows()
+        self._histories = Histories()
         self._settings: list[Settings] = []
         self._plan: StepPlan | None = None
+        # A dict, because wrappers that copy this object's attributes have to share it.
+        self._seen = {"state": False}
         self._calls = 0
         self._given_loss: Any = None
         self._calls_without_loss = 0
@@ -164,6 +178,26 @@ class CruxyOptimizer(Optimizer):
         else:
             groups.warn_of_betas(mode, rule, betas)
         super().__init__(params, defaults)
+        self._seen["state"] = False  # the base class put an empty one there
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Each tensor's state, as in every torch optimizer.
+
+        From the first time that anybody asks for it, each step finds out whether its tensors still lie where they
+        did; before that nobody else can have reached them.
+        """
+        self._seen["state"] = True
+        return self._state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._seen["state"] = True
+        self.__dict__["state"] = value
+
+    @property
+    def _state(self) -> Any:
+        return self.__dict__["state"]
 
     @property
     def control(self) -> Tensor:
@@ -188,7 +222,7 @@ class CruxyOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._rows.follow(self.param_groups)
-        self._rows.link(self.state, self.mode)
+        self._rows.link(self._state, self.mode)
 
     # -- a step ------------------------------------------------------------------
 
@@ -199,7 +233,6 @@ class CruxyOptimizer(Optimizer):
         """
         self._given_loss = _number(loss)
 
-    @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
     ) -> Any:
@@ -220,6 +253,16 @@ class CruxyOptimizer(Optimizer):
                 was changed then.
             RuntimeError: sparse gradients.
         """
+        # torch would wrap every step in its hooks and a profiler's range: without any, that is a tenth of the time.
+        if not (type(self).step is CruxyOptimizer.step and _observed(self)):
+            return self._take_step(closure, loss=loss)
+        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        return _observed_step(*arguments, **({} if loss is None else {"loss": loss}))
+
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @torch.no_grad()
+    def _take_step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
         if closure is not None and not callable(closure):
             raise TypeError(
                 f"step() got a {type(closure).__name__} for a closure; give the loss by name: step(loss=loss)"
@@ -230,39 +273,50 @@ class CruxyOptimizer(Optimizer):
                 result = closure()
         given, self._given_loss = self._given_loss, None
         number = _number(loss if loss is not None else result if result is not None else given)
-        batches = self._gather()
+        sharded = distributed.active()
+        batches = self._gather(sharded)
         if not batches:
             return result
         device = batches[0].device
         control = self._control_on(device)
         self._calls += 1
         # A GradScaler leaves these two here for the time of the step.
-        found_inf, grad_scale = (_moved(getattr(self, name, None), device) for name in ("found_inf", "grad_scale"))
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
-        parts = [_moved(batch.telemetry(self.gamma_norm, found_inf, self.backend), device) for batch in batches]
+        by_tensor = self.clip == "tensor"
+        clip = self._histories.of(batches, self._rows, self._state) if by_tensor else self.clip
+        parts = [
+            _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
+        ]
         kernels.control_step(
-            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device),
-            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, backend=self.backend,
+            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded),
+            law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, clip=clip, backend=self.backend,
         )  # fmt: skip
         if self.mode == "meta3" and (self.param_groups[0]["capturable"] or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None, log=log, backend=self.backend)
-        for batch in batches:
-            batch.update(control, self.backend)
+        factors = [None] * len(batches)
+        if isinstance(clip, kernels.TensorClip):
+            factors = clip.factors.split([len(batch.params) for batch in batches])
+        for batch, own in zip(batches, factors, strict=True):
+            batch.update(control, self.backend, own)
         return result
 
-    def _gather(self) -> list[Batch]:
+    def _gather(self, sharded: bool) -> list[Batch]:
         """The tensors that have a gradient, in one batch for each kind of update: those of the last step, if it can."""
         settings = self._follow()
-        sharded = distributed.active()
         # A graph that is captured has tables of its own: those of a plan are written anew for other gradients.
         plannable = not sharded and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-        if self._plan is not None and plannable and self._plan.serves(self.state, self._plan_key(settings)):
-            return self._plan.batches
+        if self._plan is not None and plannable:
+            state = self._state if self._seen["state"] else None
+            if self._plan.serves(state, self._plan_key(settings)):
+                return self._plan.batches
         batches, absent = self._sort(settings, sharded)
         self._plan = None
         if batches and plannable:
+            self._rows.link(self._state, self.mode)
             key = self._plan_key(settings)  # tensors may have joined
-            self._plan = StepPlan.prepared(batches, absent, self.state, key, len(self._rows.values), self.backend)
+            self._plan = StepPlan.prepared(batches, absent, self._state, key, len(self._rows.values), self.backend)
         return batches
 
     def _plan_key(self, settings: list[Settings]) -> Any:
@@ -286,7 +340,7 @@ class CruxyOptimizer(Optimizer):
                         "CruxyOptimizer does not support sparse gradients; "
                         "use dense ones (for example Embedding(sparse=False))"
                     )
-                state, number = self.state[p], self._rows.number[p]
+                state, number = self._state[p], self._rows.number[p]
                 if not state:
                     self._init_state(p, rule, state)
                     self._rows.forget(p)  # where the state was cleared the tensor starts anew
@@ -313,7 +367,7 @@ class CruxyOptimizer(Optimizer):
                 groups.check(group, self.state_bits)
             if [s.rule for s in settings] != [s.rule for s in self._settings]:
                 for group in self.param_groups:
-                    groups.check_states(group, self.state)
+                    groups.check_states(group, self._state)
             self._settings = settings
         self._rows.follow(self.param_groups)
         return settings
@@ -330,7 +384,7 @@ class CruxyOptimizer(Optimizer):
     def _control_on(self, device: torch.device) -> Tensor:
         """The control vector on this device, with the settings as they are now."""
         self._rows.to(device)
-        self._rows.link(self.state, self.mode)
+        self._rows.link(self._state, self.mode)
         self._rows.write(
             self._settings,
             gamma=self.gamma_norm,
@@ -343,7 +397,7 @@ class CruxyOptimizer(Optimizer):
         )
         return self._rows.values
 
-    def _loss(self, loss: float | Tensor | None, device: torch.device) -> Tensor | None:
+    def _loss(self, loss: float | Tensor | None, device: torch.device, sharded: bool) -> Tensor | None:
         """The mean loss of all ranks as a 0-dim fp32 tensor on the control's device."""
         if loss is None:
             self._calls_without_loss += 1
@@ -358,7 +412,7 @@ class CruxyOptimizer(Optimizer):
             value = loss.to(device, torch.float32, non_blocking=True)
         else:
             value = torch.full((), loss, dtype=torch.float32, device=device)
-        return distributed.mean_loss(value, self.process_group) if distributed.active() else value
+        return distributed.mean_loss(value, self.process_group) if sharded else value
 
     # -- what it did ------------------------------------------------------------------
 
@@ -410,20 +464,36 @@ class CruxyOptimizer(Optimizer):
             if result is not None:
                 state_dict = result
         loaded = checkpoint.read(
-            state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, defaults=self.defaults
-        )
+            state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, clip=self.clip,
+            defaults=self.defaults,
+        )  # fmt: skip
         self.__setstate__({"state": loaded.state, "param_groups": loaded.groups})
+        self._seen = {"state": False}  # all its tensors are copies
         self._plan = None
-        self._rows = ControlRows()
+        self._rows, self._histories = ControlRows(), Histories()
         self._rows.follow(loaded.groups)
         for index, (control, ages) in enumerate(zip(loaded.controls, loaded.ages, strict=True)):
             self._rows.restore(index, control, ages)
-        self._rows.link(self.state, self.mode)
+        self._rows.link(self._state, self.mode)
         self._settings = []
         self._history.begin(self.control[0])
         self._calls = calls(self.control[0])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+_observed_step = Optimizer.profile_hook_step(CruxyOptimizer._take_step)
+
+
+def _observed(optimizer: Optimizer) -> bool:
+    """Whether somebody has a hook around this optimizer's steps, or a profiler runs."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )
 
 
 class MetaLion(CruxyOptimizer):
@@ -458,18 +528,19 @@ def _number(loss: Any) -> float | Tensor | None:
             raise ValueError(f"loss has {loss.numel()} elements; expected one number (the mean loss)")
         if loss.is_complex():
             raise TypeError(f"loss is {loss.dtype}; expected a real number")
-        return distributed.local(loss.detach()).reshape(())
+        return distributed.local(loss.detach() if loss.requires_grad else loss).reshape(())
     if loss is None or groups.is_number(loss):
         return loss if loss is None else float(loss)
     raise TypeError(f"loss is a {type(loss).__name__}; expected a number or a one-element tensor")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return None if value is None else value.to(device, non_blocking=True)
+    return value if value is None or value.device == device else value.to(device, non_blocking=True)
 
 
 def _unknown_argument(name: str) -> str:
     why = {
+        "max_grad_norm": "clip= says how gradients are clipped",
         "fused": "every step is fused, so leave it out",
         "foreach": "every step takes all tensors at once, so leave it out",
         "amsgrad": "there is no amsgrad form",

@@ -5,6 +5,7 @@ age of their own (the t of the bias corrections), and with it a row of their own
 bias correction they share the main row.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,8 +35,7 @@ class ControlRows:
         self.main: list[int] = []
         self.number: dict[Tensor, int] = {}
         self._groups: list[Group] = []
-        self._params: list[Tensor] = []
-        self._sizes: list[int] = []
+        self._params: list[list[Tensor]] = []  # of each group
         # Of each row: the index of its group, and the call in which its first tensor joined (-1: before this run;
         # None: there is no tensor yet).
         self._group: list[int] = []
@@ -57,9 +57,8 @@ class ControlRows:
         Tensors that are no longer in their group are forgotten, with the rows that serve nobody any more; a new
         group gets a row with the statistics gathered so far.
         """
-        params = [p for group in groups for p in group["params"]]
-        sizes = [len(group["params"]) for group in groups]
-        if _same(groups, self._groups) and sizes == self._sizes and _same(params, self._params):
+        params = [group["params"] for group in groups]
+        if _same(groups, self._groups) and all(map(_same, params, self._params)):
             return
         self.changes += 1
         old = {id(group): index for index, group in enumerate(self._groups)}
@@ -78,8 +77,8 @@ class ControlRows:
         self._group = [index_of[self._group[row]] for row in kept]
         moved = {row: new for new, row in enumerate(kept)}
         self._row = {p: moved[row] for p, row in self._row.items()}
-        self._groups, self._params, self._sizes = list(groups), params, sizes
-        self.number = {p: place for place, p in enumerate(params)}
+        self._groups, self._params = list(groups), [list(tensors) for tensors in params]
+        self.number = {p: place for place, p in enumerate(itertools.chain.from_iterable(params))}
         for index, group in enumerate(groups):
             if id(group) not in old:
                 row = first[0].clone() if len(first) else new_control()[0]

@@ -79,6 +79,17 @@ class Setting:
         upper = f" to {self.maximum}" if self.maximum is not None else f" to below {self.below}" if self.below else ""
         return f"{noun} from {self.minimum}{upper}{unit}" if upper else f"{noun} of at least {self.minimum}{unit}"
 
+    def explained(self, command: str) -> str:
+        """The help text, with what holds where nothing is given."""
+        if command == "plan" and self.searched:
+            default = "searched"
+        elif self.required and not self.left_open:
+            return self.help
+        else:
+            shown = {True: "on", False: "off"}.get(self.default) if self.kind == "switch" else str(self.default)
+            default = self.left_open or (" ".join(self.default) if self.kind == "names" else shown)
+        return f"{self.help} (default: {default})"
+
     def refuse(self, value: Any) -> UserError:
         near = suggestion(str(value), map(str, self.choices))
         return UserError(f"{self.flag or self.metavar} is {value!r}; expected {self.expected}{near}")
@@ -257,6 +268,10 @@ class Settings:
     lr_schedule: str = _training("linear", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_fraction: float = _training(0.03, "part of the steps to warm up in", minimum=0, below=1, metavar="F",
                                        only_with=("lr_schedule", ("linear", "cosine")))  # fmt: skip
+    clip: str = _training("global", "of the gradient: its whole norm, each tensor against its own history, or not at "
+                          "all", choices=("global", "tensor", "none"))  # fmt: skip
+    guard: str = _training("act", "what watches the run: keeps it alive, only writes down what it would do, or nothing",
+                           choices=("act", "observe", "off"))  # fmt: skip
     batch_size: int = _step(8, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N")
     micro_batch_size: int | None = _step(
         None, "sequences per forward pass; divides --batch-size", minimum=1, maximum=4096, metavar="N",
@@ -268,7 +283,8 @@ class Settings:
     seed: int = _training(0, "of the adapters, the order of the data and dropout", minimum=0, maximum=2**32 - 1,
                           metavar="N")  # fmt: skip
     save_steps: int = _training(50, "steps between checkpoints", minimum=1, metavar="N")
-    sample_tokens: int = _training(48, "length of the sample in the report; 0 for none", minimum=0, metavar="N")
+    samples: int = _training(5, "held-out prompts that the report answers, before and after", minimum=0, metavar="N")
+    sample_tokens: int = _training(48, "length of such an answer; 0 for none", minimum=0, metavar="N")
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
@@ -319,6 +335,12 @@ def check_together(values: Mapping[str, Any]) -> None:
     if optimizer is not None and bits is not None and bits not in STATE_BITS[optimizer]:
         able = " or ".join(name for name, kinds in STATE_BITS.items() if bits in kinds)
         raise UserError(f"--state-bits {bits} is for --optimizer {able}; {optimizer} keeps 32 bits")
+    guard = values.get("guard")
+    if values.get("clip") == "tensor" and optimizer in ("adamw", "sgd") and guard not in (None, "act"):
+        raise UserError(
+            f"--clip tensor with --optimizer {optimizer} is done by the guard, which --guard {guard} keeps from "
+            "acting; give --guard act, or --optimizer cruxy, which clips inside its own update"
+        )
     batch, micro = values.get("batch_size"), values.get("micro_batch_size")
     if batch is not None and micro is not None and batch % micro:
         raise UserError(

@@ -22,7 +22,7 @@ def test_nothing_and_nonsense(capsys) -> None:
     assert all(name in out for name in cli.COMMANDS)
     assert "which command?" in error
     for words, said in [
-        (["fintune"], "'fintune'; expected one of plan, finetune, kernels, bench, doctor; did you mean finetune?"),
+        (["fintune"], f"'fintune'; expected one of {', '.join(cli.COMMANDS)}; did you mean finetune?"),
         (["doctor", "--jsn"], "unrecognized arguments: --jsn; did you mean --json?"),
         (["kernels", "--processes", "two"], "invalid int value: 'two'"),
         (["bench"], "KIND"),

@@ -69,3 +69,5 @@ def test_wheel(tmp_path: Path) -> None:
         files = {f"cruxy_triton/profiles/{folder}/{p.name}" for p in (ROOT / "profiles" / folder).glob("*.toml")}
         assert files
         assert files <= set(names)
+    kept = {f"cruxy_triton/page/site/{p.name}" for p in (ROOT / "cruxy_triton" / "page" / "site").iterdir()}
+    assert {*kept, "cruxy_triton/planner/picture.css"} <= set(names)

@@ -127,7 +127,7 @@ def _state(rule: str, shape: tuple[int, ...], kept: torch.dtype | int, generator
 
 
 def update(
-    device: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype | int, flags: dict[str, bool]
+    device: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype | int, flags: dict[str, Any]
 ) -> list[str]:
     generator = torch.Generator().manual_seed(3)
     rows = torch.stack([oracles.control_row(generator), oracles.control_row(generator, SKIP=1.0)])

@@ -55,7 +55,7 @@ def counted_launches() -> Iterator[Counter[str]]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keeps torch to the calling thread: the time that others spin for it would be counted too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,6 +117,13 @@ class Case:
         return time.thread_time() - start
 
 
+def _saved(params: list[Any]) -> CruxyOptimizer:
+    """An optimizer whose state somebody may hold: each step then finds out where that lies, too."""
+    optimizer = CruxyOptimizer(params, lr=1e-4, backend="triton")
+    optimizer.state_dict()
+    return optimizer
+
+
 def work(case: Case, launches: Counter[str], *, move: bool) -> dict[str, Any]:
     """Launches by kernel, operators, calls of METHODS and of Python functions in one step of `case`."""
     case.set_grads(case.turn + 1 if move else 0)
@@ -170,13 +177,14 @@ def run(census_name: str = "lora-r8", rounds: int = 50, only: str | None = None)
     makers: dict[str, tuple[Callable[[list[Any]], Any], list[tuple[int, ...]]]] = {
         "cruxy-triton MetaLion": (lambda params: MetaLion(params, lr=1e-4, backend="triton"), shapes),
         "cruxy-triton meta3 AdamW": (lambda params: CruxyOptimizer(params, lr=1e-4, backend="triton"), shapes),
+        "cruxy-triton meta3 AdamW, after a checkpoint": (_saved, shapes),
         "torch AdamW fused, 1 element each": (
             lambda params: torch.optim.AdamW(params, fused=True),
             [(1,)] * len(shapes),
         ),
     }
     rows, counts = [], {}
-    with counted_launches() as launches, _one_thread():
+    with counted_launches() as launches, one_thread():
         cases = [Case(name, *made) for name, made in makers.items() if only is None or only in name]
         for case in cases:
             for move in (False, True, False):  # state, tables

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from cruxy_triton import settings
@@ -50,15 +51,15 @@ class _Store(argparse.Action):
         given[self.setting.name] = value
 
 
-def add_settings(parser: argparse.ArgumentParser, command: str) -> None:
-    """Adds the options of every setting that `command` takes, in their groups."""
+def add_settings(parser: argparse.ArgumentParser, command: str, names: Sequence[str] | None = None) -> None:
+    """Adds the options of every setting that `command` takes, or of `names`, in their groups."""
     groups: dict[str, Any] = {"": parser}
-    for setting in settings.of_command(command):
+    for setting in settings.of_command(command) if names is None else map(settings.SETTINGS.__getitem__, names):
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         add = groups[setting.group].add_argument
         shown: dict[str, Any] = {"action": _Store, "setting": setting, "default": argparse.SUPPRESS}
-        shown["help"] = _help(setting, command)
+        shown["help"] = setting.explained(command).replace("%", "%%")
         if not setting.flag:
             add(setting.name, nargs="?", metavar=setting.metavar, **shown)
         elif setting.kind == "switch":
@@ -66,17 +67,6 @@ def add_settings(parser: argparse.ArgumentParser, command: str) -> None:
         else:
             metavar = setting.metavar or "|".join(map(str, setting.choices)) if setting.choices else setting.metavar
             add(setting.flag, nargs="+" if setting.kind == "names" else None, metavar=metavar, **shown)
-
-
-def _help(setting: Setting, command: str) -> str:
-    if command == "plan" and setting.searched:
-        default = "searched"
-    elif setting.required and not setting.left_open:
-        return setting.help
-    else:
-        shown = {True: "on", False: "off"}.get(setting.default) if setting.kind == "switch" else str(setting.default)
-        default = setting.left_open or (" ".join(setting.default) if setting.kind == "names" else shown)
-    return f"{setting.help} (default: {default})".replace("%", "%%")
 
 
 def given(args: argparse.Namespace, command: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
     step.add_argument("--host", action="store_true", help="what a step costs its host, kernels counted and not started")
+    step.add_argument("--cases", action="store_true", help="shapes that are dear on a CPU, against torch's AdamW")
     codec = kinds.add_parser("codec", help="sign flips of momentum in 8 or 4 bits on recorded gradients")
     codec.add_argument("--gradients", type=Path, help="folder or file of recorded gradients")
     codec.add_argument("--text", type=Path, help="validation losses after training on this text instead")
@@ -48,6 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stress.add_argument("--quick", action="store_true", help="a smaller model, 40 steps, two rates")
     faults = kinds.add_parser("faults", help="what a guarded run makes of injected faults")
     faults.add_argument("--count", type=int, default=1000, help="scenarios (default: %(default)s)")
+    guard = kinds.add_parser("guard", help="time of a training step with the guard against one without")
+    guard.add_argument("--rounds", type=int, default=100, help="interleaved steps of each (default: %(default)s)")
+    guard.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     shakespeare = kinds.add_parser("shakespeare", help="the Cruxy white paper's benchmark, with validation losses")
     shakespeare.add_argument("--data", type=Path, help="text file (default: Tiny Shakespeare, fetched once)")
     shakespeare.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
@@ -56,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for kind in (stress, shakespeare):
         kind.add_argument("--workers", type=int, default=1, help="runs at once, one thread each (default: %(default)s)")
         kind.add_argument("--out", type=Path, help="file for each run as it ends; what it holds is not run again")
-    for kind in (step, codec, rounding, gpu, stress, faults, shakespeare):
+    for kind in (step, codec, rounding, gpu, stress, faults, shakespeare, guard):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "gpu":
         return run_gpu(args)
     kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults,
-             "shakespeare": run_shakespeare}  # fmt: skip
+             "shakespeare": run_shakespeare, "guard": run_guard}  # fmt: skip
     report = kinds[args.kind](args)
     code = report.pop("code", 0)
     if args.json:
@@ -96,12 +100,14 @@ def cell(value: Any) -> str:
 def run_step(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from cruxy_triton.bench import host, step
+    from cruxy_triton.bench import cases, host, step
 
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UserError("--rounds and --threads must be at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.cases:
+        return cases.run(args.rounds, args.only)
     if args.host:
         return host.run(args.census, args.rounds, args.only)
     return step.run(args.device, args.census, args.rounds, args.dtype, args.only)
@@ -150,6 +156,17 @@ def run_stress(args: argparse.Namespace) -> dict[str, Any]:
         quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, workers=args.workers,
         out=args.out, say=say,
     )  # fmt: skip
+
+
+def run_guard(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from cruxy_triton.bench import overhead
+
+    if args.rounds < 1 or args.threads < 1:
+        raise UserError("--rounds and --threads must be at least 1")
+    torch.set_num_threads(args.threads)
+    return overhead.table(args.rounds)
 
 
 def run_shakespeare(args: argparse.Namespace) -> dict[str, Any]:

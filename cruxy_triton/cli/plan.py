@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from cruxy_triton.cli.arguments import add_settings, given
 from cruxy_triton.errors import UserError
-from cruxy_triton.planner import Card, Plan, card_names, load_card, load_model, model_names, plan
+from cruxy_triton.planner import Card, Plan, card_names, load_model, model_names, plan
+from cruxy_triton.planner.card import chosen_card
 from cruxy_triton.planner.render import render
 from cruxy_triton.planner.search import step_of
 
@@ -37,30 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the models and cards that are known by name")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON for cruxy-triton finetune --plan")
+    parser.add_argument("--html", metavar="FILE", help="write the plan as one HTML file, with a chart of the step")
     parser.add_argument("--verify", action="store_true", help="trace the real training step too (imports torch)")
     add_settings(parser, "plan")
-
-
-def _card(where: dict[str, Any]) -> Card:
-    """The card of --gpu, --vram, --device, --capability and --os; raises UserError where they contradict."""
-    gpu, vram, system, capability = (where.get(name) for name in ("gpu", "vram_bytes", "os", "capability"))
-    for name, value in (("--gpu", gpu), ("--capability", capability)):
-        if value is not None and where.get("device") == "cpu":
-            raise UserError(f"{name} belongs to a CUDA device; leave it or --device cpu out")
-    if where.get("device") == "cpu":
-        if vram is None:
-            raise UserError("--device cpu needs --vram, the memory to train in, for example --vram 16GiB")
-        card = Card.cpu(vram)
-    elif vram is not None and gpu is None:
-        major, _, minor = (capability or "7.5").partition(".")
-        card = Card.budget(vram, (int(major), int(minor)))
-    else:
-        if capability is not None:
-            raise UserError("--capability belongs to --vram; a card of --gpu has its own")
-        card = load_card(gpu or "auto").within(vram)
-    if system is not None and "any" in card.usable:
-        raise UserError(f"--os {system} belongs to a card of --gpu; for {card.name} the memory is what was given")
-    return card
 
 
 def _verified(found: Plan, card: Card, model: str) -> Plan:
@@ -75,6 +55,18 @@ def _verified(found: Plan, card: Card, model: str) -> Plan:
     return replace(found, verified=verify(step_of(load_model(model), card, found.config)))
 
 
+def _write_html(path: str, found: Plan, card: Card, model: str) -> None:
+    from cruxy_triton import files
+    from cruxy_triton.page.build import one_file
+    from cruxy_triton.page.words import document
+    from cruxy_triton.planner.timeline import timeline
+
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--html {path}: expected the name of a file in a folder that exists")
+    moments = timeline(step_of(load_model(model), card, found.config))
+    files.write_text(path, one_file(*document(found, moments)))
+
+
 def run(args: argparse.Namespace) -> int:
     if args.list:
         print("models: " + ", ".join(model_names()))
@@ -86,12 +78,14 @@ def run(args: argparse.Namespace) -> int:
     if model is None:
         raise UserError("which model? For example: cruxy-triton plan tinyllama-1.1b --gpu gtx1650 (--list names them)")
     load_model(model)  # an unknown name is said before the card's
-    card = _card(where)
+    card = chosen_card(where)
     found = plan(model, card, os=where["os"], **settings)
     if args.verify:
         found = _verified(found, card, model)
     if args.save is not None:
         found.save(args.save)
+    if args.html is not None:
+        _write_html(args.html, found, card, model)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

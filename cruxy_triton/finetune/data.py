@@ -20,6 +20,7 @@ import json
 import math
 import random
 import statistics
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,6 +55,9 @@ TOKENIZED_AT_ONCE = 1000  # records; tokenizers give lists of Python integers, t
 
 # Roles of messages; a conversation in which nobody is the assistant and somebody has another role is misnamed.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+
+# Fields that say something for the model to read, be it a single word.
+CONTEXT = {"context", "contexts", "input", "system", "system_prompt", "passage", "document", "background", "history"}
 
 LOUD = 0.1  # from this part of the data on, what is lost is a warning instead of a note
 
@@ -93,6 +97,15 @@ class Data:
     @property
     def packed(self) -> bool:
         return self.form == "text"
+
+    @property
+    def asked(self) -> str:
+        """How a question is put: "chat" (the model's template), "question" (QUESTION_TEMPLATE) or "plain"."""
+        prompt = self.train[0].get("prompt", "")
+        if isinstance(prompt, list):
+            return "chat"
+        start, end = QUESTION_TEMPLATE.split("{question}")
+        return "question" if prompt.startswith(start) and prompt.endswith(end) else "plain"
 
 
 @dataclass(frozen=True)
@@ -213,17 +226,23 @@ def load(
                 f"{source} holds only {len(groups)} usable record; at least 2 are needed, one to train on and "
                 "one to evaluate on (or give --eval-data)"
             )
-        count = min(max(1, round(len(groups) * eval_fraction)), len(groups) - 1)
+        count = min(max(1, round(len(groups) * eval_fraction)), len(groups) - 1, max_eval_samples)
         if form == "text":
             train, held_out = groups[:-count], groups[-count:]
         else:
             order = list(range(len(groups)))
             random.Random(seed).shuffle(order)
-            chosen = set(order[:count])
+            # Whole lines, and no more than will be evaluated: the rest is trained on.
+            sizes = itertools.accumulate(len(groups[i]) for i in order[:count])
+            chosen = set(order[: max(1, sum(size <= max_eval_samples for size in sizes))])
             train = [group for i, group in enumerate(groups) if i not in chosen]
             held_out = [groups[i] for i in sorted(chosen)]
     training = [record for group in train for record in group]
-    evaluation = [record for group in held_out for record in group][:max_eval_samples]
+    evaluation = [record for group in held_out for record in group]
+    if (left := len(evaluation) - max_eval_samples) > 0:
+        what = f"held-out records are beyond the {max_eval_samples:,} of --max-eval-samples: not used"
+        losses.append(Loss(left, len(evaluation), what))
+        del evaluation[max_eval_samples:]
     if skipped:
         losses.append(Loss(skipped, skipped + len(train) + len(held_out), "records are left out: they have no answer"))
     known = {hash(json.dumps(record)) for record in training}
@@ -377,6 +396,7 @@ def _normalise(rows: Iterator[tuple[str, Any]], source: str, chat: bool) -> tupl
     groups: list[Group] = []
     skipped = 0
     unused: Counter[str] = Counter()
+    opening = 0
     for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{place} is a JSON {_json_type(row)}; expected an object with fields ({ACCEPTED})")
@@ -387,6 +407,7 @@ def _normalise(rows: Iterator[tuple[str, Any]], source: str, chat: bool) -> tupl
             raise UserError(f"{place} holds a {found} record, but {form_place} a {form} record; use one form a file")
         group = _convert(found, row, fields, place, chat)
         unused.update(_unused(found, row, fields))
+        opening += any(m["role"] == "assistant" for m in _given_messages(row, fields)[:1])
         if group:
             groups.append(group)
         else:
@@ -395,20 +416,31 @@ def _normalise(rows: Iterator[tuple[str, Any]], source: str, chat: bool) -> tupl
         raise UserError(f"{source} is empty; expected records with fields {ACCEPTED}")
     total = len(groups) + skipped
     losses = [Loss(count, total, f"records have a field {name!r}, which is not used") for name, count in unused.items()]
+    if opening:
+        losses.append(Loss(opening, total, "conversations open with a turn of the assistant, which is not trained on"))
     return ("text" if form == "text" else "completion"), groups, skipped, losses
 
 
 def _unused(form: str, row: dict, fields: tuple[str, ...]) -> set[str]:
     """Fields that hold words, or a structure, and that `_convert` does not take."""
     used = {*fields, "input"} if form == "instruction" else set(fields)
-    found = {name for name, value in row.items() if name not in used and _has_words(value)}
-    for message in (m for f in fields if isinstance(row[f], list) for m in row[f]):
+    found = {name for name, value in row.items() if name not in used and _says_something(name, value)}
+    for message in _given_messages(row, fields):
         found |= {f"messages: {name}" for name, v in message.items() if name not in ("role", "content") and v}
     return found
 
 
-def _has_words(value: Any) -> bool:
-    return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, (list, dict)) and bool(value)
+def _given_messages(row: dict, fields: tuple[str, ...]) -> list[dict]:
+    return [message for f in fields if isinstance(row[f], list) for message in row[f]]
+
+
+def _says_something(name: str, value: Any) -> bool:
+    """Whether a field looks like text or a structure, not like a key, a label or a number of the record."""
+    if not isinstance(value, str):
+        return isinstance(value, (list, dict)) and bool(value)
+    # Lo: letters without case, of scripts most of which set no blanks between words (Chinese, Japanese, Thai, ...)
+    caseless = any(unicodedata.category(character) == "Lo" for character in value)
+    return caseless or len(value.split()) > (0 if name.lower() in CONTEXT else 1)
 
 
 def _json_type(value: Any) -> str:

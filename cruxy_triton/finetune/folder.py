@@ -3,18 +3,18 @@
     run.json       settings, versions, seed, plan and results      metrics.jsonl  one line per step or evaluation
     adapter/       the LoRA adapter, loadable with peft            report.md, plot.png
     checkpoints/   checkpoint-<step>, the newest two               gradients/     with --record-gradients
+    events.jsonl   what the guard saw and did                      snapshots/     what it goes back to, until the end
 
 The folder's state is `status` in run.json:
 
-    (absent) --begin--> running --> finished or diverged
+    (absent) --begin--> running --> finished, diverged, or stopped by the guard
                         |    ^
                         v    | --resume
                    interrupted, out of memory, failed (or running still, when the process was killed)
 
 A folder belongs to one process at a time (`locked`). `begin` comes when nothing can refuse the input any more;
 until then an earlier run stays where it is. With --overwrite it moves to <output>.previous then, in plain sight,
-and goes when the new run is finished. A checkpoint is written under another name, sealed with checksums and moved
-into place, so that each one that is there is complete, and a damaged one is known.
+and goes when the new run is finished. How a checkpoint is written, kept and known to be whole: `guard/checkpoints.py`.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from typing import Any
 
 from cruxy_triton import files
 from cruxy_triton.errors import UserError
+from cruxy_triton.guard import checkpoints
 
 KEPT_CHECKPOINTS = 2
 MIB = 1 << 20
@@ -82,6 +83,14 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
 
     @property
     def adapter(self) -> Path:
@@ -139,9 +148,11 @@ class RunFolder:
             raise UserError(f"output folder {self.path} cannot be created: {error.strerror}") from None
         for leftover in self.checkpoints.glob(".partial*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        checkpoints.checkpoints(self.checkpoints)  # puts back one that a crash left aside
 
     def finish(self) -> None:
-        """Called when the new output is complete: removes what --overwrite had set aside."""
+        """Called when the run is finished: removes what only a resumed one needs, and what --overwrite set aside."""
+        shutil.rmtree(self.snapshots, ignore_errors=True)
         if self.replaces:
             shutil.rmtree(self.previous, ignore_errors=True)
 
@@ -164,39 +175,30 @@ class RunFolder:
 
         Raises UserError when there are checkpoints and none is whole.
         """
-        faults = []
-        for checkpoint in sorted(self._checkpoints(), key=_step, reverse=True):
-            if (fault := files.damage(checkpoint)) is None:
-                return checkpoint, faults
-            faults.append(f"{checkpoint} is damaged ({fault})")
-        if faults:
+        checkpoint, damaged = checkpoints.newest_good(self.checkpoints)
+        faults = [f"{path} is damaged ({fault})" for path, fault in damaged]
+        if checkpoint is None and faults:
             raise UserError(f"no checkpoint is whole: {'; '.join(faults)}; start the run anew with --overwrite")
-        return None, []
+        return checkpoint, faults
 
     def drop_after(self, checkpoint: Path | None) -> None:
         """Removes what a run resumed from `checkpoint` computes again: damaged checkpoints, metrics of later steps.
 
-        The final evaluation is always done again. Without a checkpoint only the evaluation before training stays.
+        The final evaluation is always done again. Without a checkpoint only the evaluation before training stays. The
+        guard's events are in the checkpoint.
         """
-        step = 0 if checkpoint is None else _step(checkpoint)
-        for later in self._checkpoints():
-            if _step(later) > step:
+        step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
+        for later in checkpoints.checkpoints(self.checkpoints):
+            if checkpoints.step_of(later) > step:
                 shutil.rmtree(later, ignore_errors=True)
         kept = [r for r in self.read_metrics() if r["step"] <= step and ("eval_loss" not in r or r["step"] == 0)]
         files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def _checkpoints(self) -> list[Path]:
-        return [p for p in self.checkpoints.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
+        if checkpoint is None:
+            self.events.unlink(missing_ok=True)
 
     def keep_checkpoint(self, written: Path) -> None:
-        """Seals a complete checkpoint, moves it into place and removes all but the newest two."""
-        files.seal(written)
-        target = self.checkpoints / written.name
-        if target.exists():  # the same step saved twice: on schedule and by an interruption
-            shutil.rmtree(target)
-        os.replace(written, target)
-        for old in sorted(self._checkpoints(), key=_step)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+        """Moves a complete checkpoint into place; of the older good ones the newest stays."""
+        checkpoints.keep_checkpoint(written, self.checkpoints, checkpoints.step_of(written), keep=KEPT_CHECKPOINTS)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line cut by a kill is left out."""
@@ -209,10 +211,6 @@ class RunFolder:
             except ValueError:
                 break
         return rows
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
 
 
 def _record(folder: Path) -> dict[str, Any]:

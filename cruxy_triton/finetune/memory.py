@@ -1,15 +1,19 @@
 """The run's memory: asks the planner, fills the recipe's open settings from its answer, keeps to the budget."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from cruxy_triton import settings
+from cruxy_triton import files, settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
-from cruxy_triton.planner import Card, Plan, plan
+from cruxy_triton.planner import Card, Plan, load_model, plan
+from cruxy_triton.planner.picture import standalone
+from cruxy_triton.planner.search import step_of
+from cruxy_triton.planner.timeline import timeline
 
 MIB = 1 << 20
 PLANNED = [name for name, setting in settings.SETTINGS.items() if setting.left_open == "planned"]
@@ -100,3 +104,19 @@ def measured(device: torch.device) -> dict[str, int]:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def draw(path: Path, plan: Plan, config: Any, card: Card, result: dict[str, int]) -> None:
+    """Writes the plan over one step as an SVG, with the measured peak of `result` across.
+
+    Model types that the planner has to trace are left out: the trace of a whole model takes minutes.
+    """
+    shape = load_model(config.to_dict())
+    if shape.learned is not None:
+        return
+    measured = {}
+    if "peak_reserved_bytes" in result:
+        measured["measured, with context"] = result["peak_reserved_bytes"] + plan.components.get("context", 0)
+    if "peak_rss_bytes" in result:
+        measured["measured, interpreter and libraries included"] = result["peak_rss_bytes"]
+    files.write_text(path, standalone(plan, timeline(step_of(shape, card, plan.config)), measured))

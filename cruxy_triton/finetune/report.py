@@ -6,8 +6,13 @@ from typing import Any
 
 from cruxy_triton import files
 from cruxy_triton.finetune.folder import RunFolder
+from cruxy_triton.guard import Regime
+from cruxy_triton.guard import plot as guard_plot
 
 MIB = 1 << 20
+SHOWN_EVENTS = 20
+CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
+SHOWN_SAMPLES = 5
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
@@ -43,11 +48,17 @@ def write(folder: RunFolder, run: dict[str, Any]) -> None:
     """Writes plot.png and report.md from the run's record and its metrics."""
     rows = folder.read_metrics()
     plot(rows, folder.path / "plot.png", f"{Path(run['recipe']['model']).name} on {Path(run['recipe']['data']).name}")
-    files.write_text(folder.path / "report.md", markdown(run, rows))
+    text = markdown(run, rows)
+    if (folder.path / CHART).is_file():
+        text += f"## Memory over one step\n\n![planned memory over one step, and the measured peak]({CHART})\n"
+    files.write_text(folder.path / "report.md", text)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Panels over the optimizer step: loss (training and held-out), learning rate, gradient norm, phase."""
+    """Panels over the optimizer step: loss (training and held-out), learning rate, gradient norm, phase.
+
+    The guard's regimes are the background, its actions marks on the loss.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed for a file
@@ -55,7 +66,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
-    # metrics.jsonl of another optimizer has neither
+    # Another optimizer has no phase, and without a guard no norm.
     panels = [("gradient norm", "grad_norm"), ("phase φ", "phase")]
     panels = [(label, name) for label, name in panels if any(row.get(name) is not None for row in steps)]
     count = 2 + len(panels)
@@ -67,11 +78,21 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     # Marks without a line: nothing was measured between them.
     held_out = [row["eval_loss"] for row in evaluations]
     axes[0].plot([row["step"] for row in evaluations], held_out, "o", color="C3", label="held out")
+    for axis in axes:
+        guard_plot.background(axis, _regimes(steps), named=axis is axes[0])
+    heights: dict[int, float] = {}  # of marks: a step without a finite loss has that of the step before
+    actions: dict[str, list[int]] = {}
+    for row in steps:
+        known = row["loss"] is not None
+        heights[row["step"]] = row["loss"] if known else next(reversed(heights.values()), 0.0)
+        for kind in row.get("actions", ()):
+            actions.setdefault(kind, []).append(row["step"])
+    guard_plot.marks(axes[0], heights, actions)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].legend()
     axes[1].plot(x, [row["lr"] for row in steps], color="C1", label="asked for")
     if any("lr_used" in row for row in steps):
-        axes[1].plot(x, [row.get("lr_used") for row in steps], color="C2", label="used")
+        axes[1].plot(x, [row.get("lr_used", row["lr"]) for row in steps], color="C2", label="used")
         axes[1].legend()
     axes[1].set_ylabel("learning rate")
     for axis, (label, name) in zip(axes[2:], panels, strict=True):
@@ -86,6 +107,19 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     with files.replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _regimes(steps: list[dict[str, Any]]) -> list[tuple[int, int, Regime]]:
+    """(first step, last step, regime) of the guard's regimes, in order."""
+    found: list[tuple[int, int, Regime]] = []
+    for row in steps:
+        if "regime" in row:
+            regime = Regime(row["regime"])
+            if found and found[-1][2] is regime:
+                found[-1] = (found[-1][0], row["step"], regime)
+            else:
+                found.append((row["step"], row["step"], regime))
+    return found
 
 
 def _smooth(values: list[float | None], width: int = 10) -> list[float]:
@@ -104,11 +138,12 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     steps = [row for row in rows if "loss" in row]
     seconds = sorted(row["seconds"] for row in steps)
     median = seconds[len(seconds) // 2] if seconds else float("nan")
-    used = [row for row in steps if row.get("lr_used") is not None]
-    asked = sum(row["lr"] for row in used)
+    asked = sum(row["lr"] for row in steps) if any(row.get("lr_used") is not None for row in steps) else 0
+    used = sum(row.get("lr_used", row["lr"]) or 0 for row in steps)
     lines = [
         f"# Fine-tuning {recipe['model']}",
         "",
+        *([f"**{run['stopped']}**", ""] if "stopped" in run else []),
         f"{run['status'].capitalize()} after {result['step']} optimizer steps, {result['epochs']:.2f} epochs, in "
         f"{result['seconds']:.0f} s of training on {run['device']}: {result['tokens'] / result['seconds']:,.0f} tokens "
         f"per second, median step {median:.3f} s.",
@@ -145,19 +180,17 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"| optimizer | {recipe['optimizer']}"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"
-        + (f", of which control used {sum(row['lr_used'] for row in used) / asked:.0%}" if asked else "")
-        + f", weight decay {recipe['weight_decay']:g} |",
+        + (f", of which control used {used / asked:.0%}" if asked else "")
+        + f", weight decay {recipe['weight_decay']:g}, clipping {recipe['clip']} |",
         f"| seed | {recipe['seed']} |",
         f"| memory | {_memory(run)} |",
         f"| versions | {', '.join(f'{k} {v}' for k, v in run['versions'].items())} |",
     ]
     if run.get("resumed_at_steps"):
         lines.append(f"| resumed at step | {', '.join(map(str, run['resumed_at_steps']))} |")
-    if sample := run.get("sample"):
-        lines += ["", "## A held-out sample", ""]
-        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
-            if sample.get(key):
-                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    if guard := result.get("guard"):
+        lines += ["", "## The guard", "", *_guard(guard)]
+    lines += _samples(run["samples"])
     lines += [
         "",
         "## Using the adapter",
@@ -173,6 +206,37 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _guard(guard: dict[str, Any]) -> list[str]:
+    """What the guard saw and did; the events in full are in events.jsonl."""
+    actions = ", ".join(f"{count} x {kind}" for kind, count in guard["actions"].items()) or "none"
+    lines = [
+        "| the guard | |",
+        "|---|---|",
+        f"| mode | {guard['mode']} |",
+        f"| {'actions' if guard['mode'] == 'act' else 'actions that it would have taken'} | {actions} |",
+        f"| steps in each regime | {', '.join(f'{count} {name}' for name, count in guard['regimes'].items())} |",
+        f"| learning rate at the end | x {guard['lr_factor']:.3g} |",
+    ]
+    shown = guard["events"][-SHOWN_EVENTS:]
+    left_out = len(guard["events"]) - len(shown)
+    lines += ["", *([f"The last {len(shown)} of {left_out + len(shown)} events:", ""] if left_out else [])]
+    return lines + [f"- {' '.join(event.split())}" for event in shown]
+
+
+def _samples(samples: list[dict[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    lines = ["", "## Held-out samples", ""]
+    if asked := [s for s in samples if s["expected"]]:
+        before, after = (sum(s[when].strip() == s["expected"].strip() for s in asked) for when in ("before", "after"))
+        lines += [f"Of {len(asked)} answers {before} were exactly as expected before and {after} after.", ""]
+    for sample in samples[:SHOWN_SAMPLES]:
+        for title, key in (("Prompt", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "after")):
+            if sample[key]:
+                lines += [f"**{title}**", "", *(f"> {line}" for line in sample[key].strip().splitlines()[:12]), ""]
+    return lines
 
 
 def _memory(run: dict[str, Any]) -> str:

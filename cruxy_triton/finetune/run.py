@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from cruxy_triton.finetune import data as data_module
 from cruxy_triton.finetune import load, memory, report
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
+from cruxy_triton.guard import TrainingStopped
+from cruxy_triton.guard import events as guard_events
+from cruxy_triton.guard.checkpoints import step_of
 
 # Settings that a resumed run may differ in: they do not change what is computed.
 RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
@@ -30,6 +34,10 @@ PATHS = ("model", "data", "eval_data")
 # How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 TEXT_PROMPT_TOKENS = 32
+ENDED = ("finished", "diverged", "stopped")  # with an adapter and a report
+# Of an optimizer's state and the adapter, in float32: how many there may be on the disk at once, in the checkpoints and
+# in the guard's snapshots (those at hand, and those that the last two checkpoints refer to).
+COPIES_IN_CHECKPOINTS, COPIES_IN_SNAPSHOTS = KEPT_CHECKPOINTS + 1, 7
 
 
 class TrainingFailed(RuntimeError):
@@ -45,7 +53,7 @@ class Result:
     step: int
     before: dict[str, float]
     after: dict[str, float] | None
-    sample: dict[str, str] | None
+    samples: list[dict[str, str]]
     signal: int = 0
 
 
@@ -165,6 +173,7 @@ class _Run:
         # The plan is made from the plain shape; how a checkpoint is quantized already is in the recipe by now.
         shape = copy.deepcopy(self.config)
         shape.__dict__.pop("quantization_config", None)
+        self.shape = shape
         self.plan = memory.make_plan(recipe, shape, self.device, self.dtype, limit or needed, needed)
         for line in memory.describe(self.plan, recipe):
             say(line)
@@ -232,12 +241,13 @@ class _Run:
                 f"the loss of {recipe.model} is {self.before['loss']} before any training: its weights hold no "
                 f"numbers, or overflow in {self.dtype_name}; try {wider}"
             )
-        self.sample = self._sample()
+        self.samples = self._samples()
 
     def _begin(self) -> None:
         recipe, folder = self.recipe, self.folder
-        # float32: the adapter, and in each checkpoint adapter and two values of optimizer state
-        folder.begin(4 * self.trainable * (1 + 3 * (KEPT_CHECKPOINTS + 1)))
+        copies = COPIES_IN_CHECKPOINTS + (COPIES_IN_SNAPSHOTS if recipe.guard == "act" else 0)
+        # float32: the adapter, and in each copy adapter and two values of optimizer state
+        folder.begin(4 * self.trainable * (1 + 3 * copies))
         data, device = self.data, self.device
         self.run: dict[str, Any] = self.saved or {
             "status": "running",
@@ -248,6 +258,7 @@ class _Run:
                 "train": len(data.train),
                 "held_out": len(data.held_out),
                 "form": data.form,
+                "asked": data.asked,
                 **self.lengths,
             },
             "warnings": [str(loss) for loss in data.losses],
@@ -260,18 +271,22 @@ class _Run:
             "command": sys.argv,
         }
         if folder.resuming:
+            self.run.pop("stopped", None)
             self.run.setdefault("resumed_at_steps", []).append(self._saved_step)
             folder.drop_after(self.checkpoint)
             self.hooks.say(f"resuming at step {self._saved_step} of the run in {folder.path}")
         if folder.replaces:
             self.hooks.say(f"the earlier run is kept in {folder.previous} until this one is finished")
         if "before" not in self.run:
-            self.run |= {"before": self.before, "sample": self.sample}
+            self.run |= {"before": self.before, "samples": self.samples}
         folder.write_run(self.run, "running")
+        if recipe.guard != "off":
+            with files.writing(folder.events):
+                folder.events.touch()
 
     @property
     def _saved_step(self) -> int:
-        return 0 if self.checkpoint is None else int(self.checkpoint.name.partition("-")[2])
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     def _train(self, record_gradients: int) -> Result:
         from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
@@ -288,8 +303,10 @@ class _Run:
             with interruption.installed():
                 if not folder.read_metrics():
                     telemetry.write({"step": 0, "eval_loss": run["before"]["loss"]})
-                if self.checkpoint is None or not trainer.restore_if_trained(self.checkpoint):
-                    trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+                with contextlib.suppress(TrainingStopped):  # `_conclude` says why
+                    if self.checkpoint is None or not trainer.restore_if_trained(self.checkpoint):
+                        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+                interruption.training = False
                 if interruption.number is None:
                     status = self._conclude(telemetry)
         except KeyboardInterrupt:
@@ -303,28 +320,34 @@ class _Run:
         finally:
             if interruption.number is not None and status == "failed":
                 status = "interrupted"
-            if status not in ("finished", "diverged"):
+            if status not in ENDED:
                 with contextlib.suppress(files.WriteFailed):  # the disk may be full
                     folder.write_run(run, status)
         if interruption.number is not None and status == "interrupted":
             saved, _ = folder.intact_checkpoint()
-            step = 0 if saved is None else int(saved.name.partition("-")[2])
-            return Result(folder.path, False, step, run["before"], None, None, interruption.number)
+            step = 0 if saved is None else step_of(saved)
+            return Result(folder.path, False, step, run["before"], None, [], interruption.number)
+        if status == "stopped":
+            raise TrainingFailed(f"{run['stopped']} Adapter, report and events are in {folder.path}")
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]
-        return Result(folder.path, True, result["step"], result["before"], result["after"], run["sample"])
+        return Result(folder.path, True, result["step"], result["before"], result["after"], run["samples"])
 
     def _conclude(self, telemetry: Any) -> str:
         """Evaluation, adapter and report; returns the run's last status."""
         run, folder, trainer = self.run, self.folder, self.trainer
+        guard = trainer.guard
+        if guard is not None:
+            self.hooks.say(guard.finish())
         after = trainer.held_out()
         step = trainer.state.global_step
         telemetry.write({"step": step, "eval_loss": after["loss"]})
-        if run["sample"] is not None:
-            after_text = self._generate() if self.recipe.sample_tokens else None
-            run["sample"] = None if after_text is None else {**run["sample"], "after": after_text}
+        answers = self._answers(len(run["samples"]))
+        run["samples"] = [{**sample, "after": text} for sample, text in zip(run["samples"], answers, strict=False)]
         status = "finished" if math.isfinite(after["loss"]) else "diverged"
+        if guard is not None and guard.stopped is not None:
+            status, run["stopped"] = "stopped", guard.stopped.partition("\n")[0]
         rows = [row for row in folder.read_metrics() if "seconds" in row]
         run["result"] = {
             "step": step,
@@ -335,42 +358,53 @@ class _Run:
             "tokens": sum(row["tokens"] for row in rows),
             **memory.measured(self.device),
         }
+        if guard is not None:
+            run["result"]["guard"] = {
+                "mode": self.recipe.guard,
+                "actions": guard.log.actions(),
+                "regimes": dict(Counter(row["regime"] for row in rows)),
+                "lr_factor": guard.lr_factor,
+                "events": [event.line() for event in guard.log if event.kind != guard_events.REGIME],
+            }
         with files.writing(folder.path):
             report.save_adapter(self.model, self.tokenizer, folder, run)
+            card = memory.card_of(self.recipe, self.device)
+            memory.draw(folder.path / report.CHART, self.plan, self.shape, card, run["result"])
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)
-        folder.finish()
+        if status == "finished":
+            folder.finish()
         return status
 
-    def _prompt(self) -> list[int]:
-        """The ids of the first held-out prompt, as far as there is room beside an answer."""
-        tokens = self.tokens[1][0]
+    def _prompt(self, index: int) -> list[int]:
+        """The ids of a held-out prompt, as far as there is room beside an answer."""
+        tokens = self.tokens[1][index]
         room = (load.max_length_of(self.config) or 2048) - self.recipe.sample_tokens
         if self.data.packed:
             return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)].tolist()
         return tokens.ids[: max(1, tokens.prompt)][-room:].tolist()
 
-    def _generate(self) -> str | None:
-        """The model's answer; None, and a note, where its generation fails: no reason to stop a training."""
+    def _answers(self, count: int) -> list[str]:
+        """The model's answers to the first `count` held-out prompts; none, and a note, where generating fails: no
+        reason to stop a training."""
+        if not self.recipe.sample_tokens:
+            return []
         try:
-            return self.trainer.generate(self._prompt(), self.recipe.sample_tokens)
+            return [self.trainer.generate(self._prompt(i), self.recipe.sample_tokens) for i in range(count)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
-            self.hooks.say(f"note: no sample, because generating fails ({type(error).__name__}: {first_line})")
-            return None
+            self.hooks.say(f"note: no samples, because generating fails ({type(error).__name__}: {first_line})")
+            return []
 
-    def _sample(self) -> dict[str, str] | None:
-        if self.recipe.sample_tokens == 0 or (before := self._generate()) is None:
-            return None
-        record = self.data.held_out[0]
-        prompt = record.get("prompt")
-        return {
-            "prompt": self.tokenizer.decode(self._prompt()) if prompt is None else _text(prompt),
-            "expected": _text(record.get("completion", "")),
-            "before": before,
-        }
+    def _samples(self) -> list[dict[str, str]]:
+        answers = self._answers(min(self.recipe.samples, len(self.data.held_out)))
+        found = []
+        for index, (before, record) in enumerate(zip(answers, self.data.held_out, strict=False)):
+            prompt = self.tokenizer.decode(self._prompt(index)) if "text" in record else _text(record["prompt"])
+            found.append({"prompt": prompt, "expected": _text(record.get("completion", "")), "before": before})
+        return found
 
 
 def _text(part: Any) -> str:

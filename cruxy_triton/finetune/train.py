@@ -1,8 +1,8 @@
 """Training with TRL's SFTTrainer and our optimizer: what the trainer lacks for a run that can be trusted.
 
 The loss reaches the optimizer as a device tensor through a step hook; adapters stay float32; a checkpoint
-appears whole or not at all; Ctrl-C saves first; the held-out loss is weighted by tokens and is that of the
-language model alone, without a router's auxiliary loss.
+appears whole or not at all; Ctrl-C saves first; a guard watches each step; the held-out loss is weighted by tokens
+and is that of the language model alone, without a router's auxiliary loss.
 """
 
 import contextlib
@@ -28,11 +28,17 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
+from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
+from cruxy_triton.guard.events import ACTIONS
 from cruxy_triton.optimizer import CruxyOptimizer
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
 CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+MAX_NORM = 1.0  # torch's optimizers under --clip global
+TENSOR_RATIO = 1.05  # and under --clip tensor: AdaGC's multiple of a tensor's own history (arXiv 2502.11034)
+GUARD_STATE = "guard.pt"  # of a checkpoint
 
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -47,6 +53,25 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
         weight_decay=recipe.weight_decay,
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
+        clip=None if recipe.clip == "none" else recipe.clip,
+    )
+
+
+def make_guard(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: RunFolder
+) -> TrainingGuard | None:
+    """The recipe's guard, on the optimizer from now on; None where it is off."""
+    if recipe.guard == "off":
+        return None
+    tensors = recipe.clip == "tensor" and not isinstance(optimizer, CruxyOptimizer)
+    policy = Policy(
+        act=recipe.guard == "act",
+        clip=recipe.clip != "none",
+        tensor_ratio=TENSOR_RATIO if tensors else None,
+        snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
+    )
+    return TrainingGuard(
+        optimizer, model, policy, events=folder.events, snapshots=folder.snapshots, raise_on_stop=False
     )
 
 
@@ -88,6 +113,7 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
+        self.guard: TrainingGuard | None = None  # from `create_optimizer` on
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -108,7 +134,7 @@ class Trainer(SFTTrainer):
             fp16=dtype is torch.float16,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
-            max_grad_norm=0.0 if recipe.optimizer.startswith("cruxy") else 1.0,  # ours clips inside its update
+            max_grad_norm=0.0,  # clipped in the step, by the optimizer or after the guard has seen the gradients
             save_strategy="steps",
             save_steps=recipe.save_steps,
             save_only_model=False,
@@ -137,13 +163,28 @@ class Trainer(SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameters)
-        if isinstance(self.optimizer, CruxyOptimizer):
-            self.optimizer.register_step_pre_hook(self._hand_loss)
+        ours = isinstance(self.optimizer, CruxyOptimizer)
+
+        def hand_on(optimizer: Any, *_: Any) -> None:
+            if self.step_loss is None:
+                return
+            if ours:
+                optimizer.set_loss(self.step_loss)
+            if self.guard is not None:
+                self.guard.observe(self.step_loss, batch=Batch(self.step_ids, self.processing_class))
+
+        def clip(*_: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+
+        # In this order: the guard judges, and names, the gradients as they came.
+        self.optimizer.register_step_pre_hook(hand_on)
+        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder)
+        if self.recipe.clip == "global" and not ours:
+            self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
 
-    def _hand_loss(self, optimizer: Any, *_: Any) -> None:
-        if self.step_loss is not None:
-            optimizer.set_loss(self.step_loss)
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
+        """Not measured a second time: transformers' way spreads what is not finite over all gradients."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         warmup = round(self.recipe.warmup_fraction * num_training_steps)
@@ -157,10 +198,12 @@ class Trainer(SFTTrainer):
         self.step_loss: torch.Tensor | None = None
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
         self.step_right = 0.0  # labels that the model put first
+        self.step_ids: list[torch.Tensor] = []  # of each micro-batch
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         trained = _label_count(inputs)
         self.step_tokens += int(inputs["attention_mask"].sum())
+        self.step_ids.append(inputs["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
         # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
@@ -195,9 +238,21 @@ class Trainer(SFTTrainer):
         with files.writing(self.folder.checkpoints):
             try:
                 super()._save_checkpoint(model, trial)
-                self.folder.keep_checkpoint(partial / f"checkpoint-{self.state.global_step}")
+                written = partial / f"checkpoint-{self.state.global_step}"
+                if self.guard is not None:
+                    torch.save(self.guard.state_dict(), written / GUARD_STATE)
+                self.folder.keep_checkpoint(written)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_guard(Path(checkpoint))
+
+    def _load_guard(self, checkpoint: Path) -> None:
+        if self.guard is not None:
+            self.guard.load_state_dict(torch.load(checkpoint / GUARD_STATE, weights_only=True))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
         """Takes adapters and step from `checkpoint` if it is that of the last step, after which no step may follow."""
@@ -205,6 +260,8 @@ class Trainer(SFTTrainer):
         if state.global_step < state.max_steps:
             return False
         self._load_from_checkpoint(str(checkpoint))
+        self.create_optimizer()
+        self._load_guard(checkpoint)
         self.state = state
         return True
 
@@ -315,8 +372,20 @@ def _label_count(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+class Batch:
+    """The token ids of one step's micro-batches, as text where an event names them: the host need not read others'."""
+
+    def __init__(self, ids: list[torch.Tensor], tokenizer: Any) -> None:
+        self.ids, self.tokenizer = ids, tokenizer
+
+    def __repr__(self) -> str:
+        rows = [row for part in self.ids for row in part.tolist()]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True)[:60] for row in rows[:4]]
+        return ", ".join(map(repr, texts)) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+
+
 class Telemetry(TrainerCallback):
-    """Writes a row of metrics.jsonl for each step and shows it."""
+    """Writes a row of metrics.jsonl for each step and shows it. Raises TrainingStopped where the guard ends the run."""
 
     def __init__(self, trainer: Trainer, show: Callable[[dict[str, Any], int], None]) -> None:
         self.trainer = trainer
@@ -348,6 +417,7 @@ class Telemetry(TrainerCallback):
             metrics = optimizer.metrics()
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
+        row |= self._guarded(row)
         row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
         row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
         trainer._start_step()
@@ -357,6 +427,29 @@ class Telemetry(TrainerCallback):
         self.last = now
         self.write(row)
         self.show(row, state.max_steps)
+        if trainer.guard is not None and trainer.guard.stopped is not None:
+            raise TrainingStopped(trainer.guard.stopped)
+
+    def _guarded(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the guard saw in this step and did. The host has just waited for the step's loss: this waits no more."""
+        guard = self.trainer.guard
+        if guard is None:
+            return {}
+        found: dict[str, Any] = {}
+        if "lr_used" not in row and guard.lr_factor != 1:
+            found["lr_used"] = row["lr"] * guard.lr_factor
+        known = len(guard.log)
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            guard.overflowed()
+        guard.settle()
+        metrics = guard.metrics
+        if metrics["step"] == row["step"]:
+            new = [name for name in ("grad_norm", "update_ratio") if name in metrics and name not in row]
+            found |= {name: metrics[name] for name in new}
+        found["regime"] = guard.regime.value
+        if actions := [event.kind for event in guard.log.events[known:] if event.kind in ACTIONS]:
+            found["actions"] = actions
+        return found
 
 
 class GradientRecorder(TrainerCallback):

@@ -39,7 +39,6 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, objects: dict[str
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1: the last good checkpoint is never removed")
     folder = Path(folder)
-    target = folder / f"checkpoint-{step}"
     temporary = folder / f".checkpoint-{step}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,23 +46,34 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, objects: dict[str
         temporary.mkdir()
         for name, value in objects.items():
             torch.save(value, temporary / f"{name}.pt")
-        files.seal(temporary)
-        fault = files.damage(temporary)  # before anything older goes
-        if fault is not None:
-            raise OSError(fault)
-        old = folder / f".checkpoint-{step}.old"
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        temporary.rename(target)
-        files.sync(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        return keep_checkpoint(temporary, folder, step, keep=keep)
     except (OSError, RuntimeError) as error:  # torch.save reports a failing write as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {step} could not be written to {folder} ({error}); the checkpoints before it are unchanged. "
             "Make room or choose another folder"
         ) from error
+
+
+def keep_checkpoint(written: Path, folder: Path, step: int, *, keep: int) -> Path:
+    """Seal `written`, a folder with all that belongs to a checkpoint, and move it to FOLDER/checkpoint-STEP.
+
+    It is read back before anything older goes: another checkpoint of that step, and all but the newest `keep` good
+    ones. `written` is on the same disk, under a name that no checkpoint has. Raises OSError where the disk does not
+    take it; the checkpoints that were there are unchanged.
+    """
+    files.seal(written)
+    fault = files.damage(written)
+    if fault is not None:
+        raise OSError(fault)
+    target = folder / f"checkpoint-{step}"
+    old = folder / f".checkpoint-{step}.old"
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    written.rename(target)
+    files.sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     _rotate(folder, keep)
     return target
 
@@ -76,7 +86,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: there is none that can be read; the message names what is wrong with each.
     """
-    path, damaged = newest_good(folder)
+    path, faults = newest_good(folder)
+    damaged = [f"{bad.name} is damaged ({fault})" for bad, fault in faults]
     if path is None:
         found = "; ".join(damaged) if damaged else "no checkpoint-STEP folder in it"
         raise CheckpointError(f"{folder}: no good checkpoint ({found})")
@@ -87,14 +98,14 @@ def load_checkpoint(
     return step_of(path), objects, damaged
 
 
-def newest_good(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that agrees with its checksums, and a sentence for each damaged one that is newer."""
-    damaged: list[str] = []
+def newest_good(folder: str | os.PathLike[str]) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that agrees with its checksums; each newer one, and what is wrong with it."""
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(folder)):
         fault = files.damage(path)
         if fault is None:
             return path, damaged
-        damaged.append(f"{path.name} is damaged ({fault})")
+        damaged.append((path, fault))
     return None, damaged
 
 

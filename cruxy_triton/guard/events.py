@@ -4,10 +4,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from cruxy_triton import files
 
 # Kinds of events. The first six are actions; "regime" is a change of regime; "note" a finding without action.
 SKIP, CLIP, LR, RESET, ROLLBACK, STOP = "skip", "clip", "lr", "momentum_reset", "rollback", "stop"
@@ -58,7 +60,20 @@ class EventLog:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(asdict(event)), ensure_ascii=False) + "\n")
+                file.write(_json(event))
+        except OSError as error:
+            self.write_error = f"{self.path}: {error.strerror or error}"
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [plain(asdict(event)) for event in self.events]
+
+    def load(self, events: Iterable[Event]) -> None:
+        """Go on from the events of a saved run; what a file holds beyond them is of steps that are taken again."""
+        self.events = list(events)
+        if self.path is None:
+            return
+        try:
+            files.write_text(self.path, "".join(map(_json, self.events)))
         except OSError as error:
             self.write_error = f"{self.path}: {error.strerror or error}"
 
@@ -71,10 +86,14 @@ class EventLog:
     def count(self, kind: str) -> int:
         return sum(event.kind == kind for event in self.events)
 
+    def actions(self) -> dict[str, int]:
+        """How many actions of each kind there were, in the order of `ACTIONS`."""
+        counts = Counter(event.kind for event in self.events)
+        return {kind: counts[kind] for kind in ACTIONS if counts[kind]}
+
     def summary(self) -> str:
         """A few lines for people: how often what, and the events that changed the run's course."""
-        counts = Counter(event.kind for event in self.events if event.kind in ACTIONS)
-        lines = [", ".join(f"{counts[kind]} x {kind}" for kind in ACTIONS if counts[kind]) or "no action was needed"]
+        lines = [", ".join(f"{n} x {kind}" for kind, n in self.actions().items()) or "no action was needed"]
         lines += [event.line() for event in self.events if event.kind not in (SKIP, CLIP)][-20:]
         if self.write_error:
             lines.append(f"events could not be written: {self.write_error}")
@@ -95,12 +114,16 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
     return events
 
 
-def _plain(value: Any) -> Any:
+def _json(event: Event) -> str:
+    return json.dumps(plain(asdict(event)), ensure_ascii=False) + "\n"
+
+
+def plain(value: Any) -> Any:
     """JSON has no NaN: non-finite numbers are written as words, and what JSON does not know as its repr."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from cruxy_triton.guard import attach
 from cruxy_triton.guard import telemetry as T
 from cruxy_triton.guard.actions import HiddenGradients
-from cruxy_triton.guard.events import EventLog
+from cruxy_triton.guard.events import Event, EventLog, plain
 from cruxy_triton.guard.ladder import Ladder
 from cruxy_triton.guard.policy import Policy
 from cruxy_triton.guard.reading import read
@@ -46,6 +46,8 @@ class TrainingGuard:
         policy: thresholds and budgets; `Policy(act=False)` only observes.
         scaler: a `torch.amp.GradScaler`, so that steps which it refuses are counted.
         events: file for the events, JSON lines; the first rank writes it.
+        snapshots: folder, of this run alone, for snapshots that are larger than the policy's `snapshot_max_bytes`;
+            None: there are none of those. For one process.
         process_group: over which ranks judgement is shared when torch.distributed runs: "auto" is all of them,
             None is none.
         raise_on_stop: raise `TrainingStopped` from `optimizer.step()`; False: set `stopped` and let every further
@@ -53,6 +55,7 @@ class TrainingGuard:
 
     Raises:
         TypeError: `optimizer` has no step hooks.
+        ValueError: a folder for snapshots under several ranks.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class TrainingGuard:
         *,
         scaler: Any = None,
         events: str | os.PathLike[str] | None = None,
+        snapshots: str | os.PathLike[str] | None = None,
         process_group: Any = "auto",
         raise_on_stop: bool = True,
     ):
@@ -73,7 +77,9 @@ class TrainingGuard:
         self.log = EventLog(events if attach.first_rank() else None)
         self._model = model
         self._group = process_group if attach.many_ranks() else None
-        self._ladder = Ladder(self.optimizer, model, self.policy, self.log)
+        if snapshots is not None and attach.many_ranks():
+            raise ValueError("snapshots on disk are of one process, and this is one of several; leave out snapshots=")
+        self._ladder = Ladder(self.optimizer, model, self.policy, self.log, snapshots)
         self._telemetry: T.Telemetry | None = None
         self._ratio: T.UpdateRatio | None = None
         self._mail, self._scales = T.Mailbox(), T.Mailbox()
@@ -118,6 +124,16 @@ class TrainingGuard:
         self._ladder.overflowed()
         self._raise_if_stopped()
 
+    def settle(self) -> None:
+        """Take the reading of the step that was just taken now, not at the next one.
+
+        For loops that wait for the device after each step anyway, to write its loss down: then this waits for
+        nothing, and events, metrics and a rollback belong to the step that they are of. Call it when the gradients
+        are gone.
+        """
+        self._take_reading()
+        self._ladder.rolled_back = False  # the next gradients are of the weights that were put back
+
     def finish(self) -> str:
         """Take the last reading in; returns the summary of the run."""
         self._take_reading()
@@ -154,31 +170,47 @@ class TrainingGuard:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run continues with: baselines, regime, rate, budgets; numbers and small tensors."""
+        """What a resumed run continues with: baselines, regime, rate, budgets, events, and which snapshots are on disk.
+
+        Numbers, words and small tensors.
+        """
         pending = self._mail.pending
-        if pending is not None and not isinstance(pending[1]["batch"], str | int | float | None):
-            pending = (pending[0], {**pending[1], "batch": repr(pending[1]["batch"])})  # loads with weights_only
+        if pending is not None:
+            pending = (pending[0], {**pending[1], "batch": plain(pending[1]["batch"])})  # loads with weights_only
         return {
             "steps": self._steps,
             "ladder": self._ladder.state_dict(),
             "baselines": None if self._telemetry is None else self._telemetry.state.cpu().clone(),
             "pending": None if pending is None else [pending[0].clone(), dict(pending[1])],
+            "events": self.log.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; snapshots begin afresh. Raises ValueError for another set of parameters."""
-        if state["baselines"] is not None:
+        """Continue from `state_dict`, with its events; snapshots that were in memory begin afresh.
+
+        Raises ValueError for another set of parameters and for what is no state of a guard; nothing is changed then.
+        """
+        try:
+            events = [Event(**event) for event in state["events"]]
+            steps, baselines, pending = int(state["steps"]), state["baselines"], state["pending"]
+            Ladder(self.optimizer, None, self.policy, EventLog()).load_state_dict(
+                {**state["ladder"], "snapshots": {"start": None, "good": [], "candidate": None}}
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is no state of a guard ({type(error).__name__}: {error})") from None
+        if baselines is not None:
             telemetry = self._ready()
-            if state["baselines"].shape != telemetry.state.shape:
+            if baselines.shape != telemetry.state.shape:
                 raise ValueError(
-                    f"the guard's state is of {state['baselines'].shape[-1] - 1} tensors and the optimizer has "
+                    f"the guard's state is of {baselines.shape[-1] - 1} tensors and the optimizer has "
                     f"{len(telemetry)}; load it beside the optimizer of the run that saved it"
                 )
-            telemetry.state.copy_(state["baselines"])
-        self._steps = int(state["steps"])
+            telemetry.state.copy_(baselines)
+        self._steps = steps
+        self.log.load(events)
         self._ladder.load_state_dict(state["ladder"])
-        if state["pending"] is not None:
-            self._mail.put(state["pending"][0].clone(), dict(state["pending"][1]))
+        if pending is not None:
+            self._mail.put(pending[0].clone(), dict(pending[1]))
 
     # -- hooks --------------------------------------------------------------------------------------------
 
@@ -247,20 +279,19 @@ class TrainingGuard:
 
     def _protect(self, verdict: T.Verdict, telemetry: T.Telemetry, calm: bool) -> None:
         """Skip or clip this step, in time."""
-        owners = [p for p in telemetry.params if p.grad is not None]
-        grads = [T.values(p.grad) for p in owners]
         if self._decides_on_device(telemetry.device):
             # The optimizer reads the flag on the device, as it does for a GradScaler: exact, and nobody waits.
             self._set_found_inf = not hasattr(self.optimizer, "found_inf")
             vars(self.optimizer)["found_inf"] = verdict.skip.float()
             if calm and self.policy.tensor_ratio is None:
-                _scale(grads, verdict.whole)
+                _scale([T.values(p.grad) for p in telemetry.params if p.grad is not None], verdict.whole)
                 return
         elif bool(verdict.skip):
-            self._hidden.hide(owners)
+            self._hidden.hide(telemetry.params)
             return
         elif not bool(verdict.clipped):
             return
+        grads = [T.values(p.grad) for p in telemetry.params if p.grad is not None]
         factors = (f for p, f in zip(telemetry.params, verdict.factors.unbind(), strict=True) if p.grad is not None)
         for grad, factor in zip(grads, factors, strict=True):
             grad.mul_(factor.to(grad.device, grad.dtype, non_blocking=True))

@@ -37,12 +37,14 @@ class Ladder:
     report of the end, else None.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | None, policy: Policy, log: EventLog):
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module | None, policy: Policy, log: EventLog, folder: Any = None
+    ):
         self.optimizer, self.policy, self.log = optimizer, policy, log
         self.regimes = Regimes(policy)
         self.loss = LossStatistics(policy.baseline_memory, policy.loss_sigmas)
         self.rate = LearningRate(policy)
-        self.snapshots = Snapshots(optimizer, model)
+        self.snapshots = Snapshots(optimizer, model, folder, self._say)
         self.ratio_limit, self.ratio_target = policy.update_ratio_limit, policy.update_ratio_target
         self.stopped: str | None = None
         self.rolled_back = False
@@ -64,7 +66,7 @@ class Ladder:
     def watch(self, params: list[Tensor], names: list[str], baselines: Tensor) -> None:
         """These are the optimizer's tensors from now on; snapshots of others are of no use any more."""
         if self.params:
-            self.snapshots = Snapshots(self.optimizer, self.snapshots.model)
+            self.snapshots = Snapshots(self.optimizer, self.snapshots.model, self.snapshots.folder, self._say)
         self.params, self.names, self.baselines = params, names, baselines
         self._silent = {}
 
@@ -207,7 +209,7 @@ class Ladder:
         rate.target = self.ratio_target
         rate.factor = max(rate.factor * self.ratio_target / ratio, self.policy.min_lr_factor)
         found = f"a step changes the weights by {100 * ratio:.3g} % of their size (limit {100 * limit:.3g} %)"
-        start = self.snapshots.start if reading.step <= self.policy.warmup_steps else None
+        start = self.snapshots.first() if reading.step <= self.policy.warmup_steps else None
         if start is not None and self._rollbacks < self.policy.max_rollbacks:
             self._rollback(f"{found}: the learning rate is too large", start, reading)
             return True
@@ -262,10 +264,10 @@ class Ladder:
         self.stopped = " ".join(report) + "\n" + self.log.summary()
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self.snapshots.restore(snapshot)
+        baselines = self.snapshots.restore(snapshot)
         self.snapshots.discard_candidate()
         if self.baselines is not None:
-            self.baselines.copy_(snapshot.baselines)
+            self.baselines.copy_(baselines)
 
     # -- snapshots ------------------------------------------------------------------------------------------
 
@@ -281,12 +283,14 @@ class Ladder:
             self.take_snapshot(self.step)
 
     def take_snapshot(self, step: int) -> None:
-        """Copy the state after `step` steps, where it is small enough; of one that only observes, the step alone."""
+        """Copy the state after `step` steps, to disk where it is large; of one that only observes, the step alone."""
         assert self.baselines is not None
         if not self.policy.act:
             self.snapshots.mark(step)
-        elif self.snapshots.bytes_needed() <= self.policy.snapshot_max_bytes:
-            self.snapshots.take(step, self.baselines)
+            return
+        large = self.snapshots.bytes_needed() > self.policy.snapshot_max_bytes
+        if not large or self.snapshots.folder is not None:
+            self.snapshots.take(step, self.baselines, on_disk=large)
 
     # -- events and state ------------------------------------------------------------------------------------
 
@@ -301,11 +305,15 @@ class Ladder:
             layer = f"all {len(layers)} tensors" if whole else self.names[layers[0]] + more
         event = Event(
             step=self.step, kind=kind, regime=self.regimes.current.value, message=message, layer=layer,
-            batch=None if reading is None else reading.batch, seen={} if reading is None else dict(reading.seen),
-            cost=cost, acted=self.policy.act or kind not in E.ACTIONS,
+            batch=None if reading is None else E.plain(reading.batch),
+            seen={} if reading is None else dict(reading.seen), cost=cost,
+            acted=self.policy.act or kind not in E.ACTIONS,
         )  # fmt: skip
         self.log.add(event)
         return event
+
+    def _say(self, sentence: str) -> None:
+        self._note(E.NOTE, sentence, None)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -318,6 +326,8 @@ class Ladder:
             "reset": self._reset,
             "ratios": list(self._ratios),
             "silent": dict(self._silent),
+            "ratio": [self.ratio_limit, self.ratio_target],  # of adapters: those that began at zero no longer tell
+            "snapshots": self.snapshots.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -330,3 +340,6 @@ class Ladder:
         self._reset = bool(state["reset"])
         self._ratios = deque(state["ratios"], maxlen=RATIO_MEAN)
         self._silent = {int(k): int(v) for k, v in state["silent"].items()}
+        if self.ratio_limit is not None and state["ratio"][0] is not None:
+            self.ratio_limit, self.ratio_target = state["ratio"]
+        self.snapshots.load_state_dict(state["snapshots"])

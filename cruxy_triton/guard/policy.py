@@ -18,6 +18,7 @@ class Policy:
     act: bool = True
 
     # Judged inside the step: gradients.
+    clip: bool = True  # False: never
     clip_sigmas: float = 6.0  # clip a tensor, or the whole gradient, above its own history by this many deviations
     clip_sigmas_stressed: float = 3.0  # the same in every regime but warming and stable
     clip_tensors: bool = True  # tensor by tensor; False: only the global norm
@@ -57,14 +58,14 @@ class Policy:
     rollback_cut: float = 0.3
     snapshot_interval: int = 50
     snapshot_confirm: int = 10  # calm steps after which a snapshot counts as good
-    snapshot_max_bytes: int = 2 << 30  # parameters and state larger than this are not kept in memory
+    snapshot_max_bytes: int = 2 << 30  # what is larger goes to disk, where a folder for it is given
     max_consecutive_skips: int = 5
     max_skips: int = 20  # among the last `skip_window` steps
     skip_window: int = 40
     max_overflows: int = 40  # steps in a row that a loss scaler refuses
 
     def __post_init__(self) -> None:
-        for name in ("act", "clip_tensors"):
+        for name in ("act", "clip", "clip_tensors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
         for field in fields(self):

@@ -118,7 +118,9 @@ class Telemetry:
             ratio = torch.where(count[:n] > 0, math.log(self.policy.tensor_ratio), math.inf)
             limit[:n] = torch.minimum(limit[:n], ratio)
         under = (limit - delta).clamp(max=0)
-        if not self.policy.clip_tensors:
+        if not self.policy.clip:
+            under.zero_()
+        elif not self.policy.clip_tensors:
             under[:n] = 0
 
         checked = norms[n] if loss is None else norms[n] + value  # finite only where both are
@@ -136,13 +138,13 @@ class Telemetry:
 
     def _norms(self, owners: list[int]) -> Tensor:
         """The norm of each tensor's gradient in fp32 (0 where there is none), on one device."""
-        by_device: dict[torch.device, list[int]] = {}
         grads = {i: values(self.params[i].grad) for i in owners}
-        for i, grad in grads.items():
-            by_device.setdefault(grad.device, []).append(i)
-        if len(by_device) == 1 and len(owners) == len(self.params):
+        if len({grad.device for grad in grads.values()}) == 1 and len(owners) == len(self.params):
             norms = torch.stack(torch._foreach_norm(list(grads.values()), 2, dtype=torch.float32))
             return norms.to(self.device, non_blocking=True)
+        by_device: dict[torch.device, list[int]] = {}
+        for i, grad in grads.items():
+            by_device.setdefault(grad.device, []).append(i)
         out = torch.zeros(len(self.params), device=self.device)
         for part in by_device.values():
             norms = torch.stack(torch._foreach_norm([grads[i] for i in part], 2, dtype=torch.float32))
@@ -268,7 +270,8 @@ class Mailbox:
 
 def values(grad: Any) -> Tensor:
     """The numbers of a gradient that this process holds: a sparse one's values, a shard of a DTensor."""
-    grad = distributed.local(grad)
+    if type(grad) is not Tensor:
+        grad = distributed.local(grad)
     return grad._values() if grad.is_sparse else grad
 
 

@@ -137,7 +137,13 @@ class Card:
 
         Raises UserError where torch sees none.
         """
-        import torch
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError(
+                f"--gpu auto: cards are asked through torch, which is not here ({error}); name a card (--gpu gtx1650) "
+                "or a budget (--vram 4GiB)"
+            ) from None
 
         if not torch.cuda.is_available():
             raise UserError("--gpu auto: no CUDA device here; name a card (--gpu gtx1650) or a budget (--vram 4GiB)")
@@ -247,3 +253,25 @@ def load_card(card: str | int | Path | Card) -> Card:
     if re.match(r"\s*-?[0-9.]+\s*[kmgtKMGT]?[iI]?[bB]?\s*$", text):
         return Card.budget(text)
     raise UserError(unknown("GPU", text, card_names()))
+
+
+def chosen_card(where: Mapping[str, Any]) -> Card:
+    """The card of --gpu, --vram, --device, --capability and --os; raises UserError where they contradict."""
+    gpu, vram, system, capability = (where.get(name) for name in ("gpu", "vram_bytes", "os", "capability"))
+    for name, value in (("--gpu", gpu), ("--capability", capability)):
+        if value is not None and where.get("device") == "cpu":
+            raise UserError(f"{name} belongs to a CUDA device; leave it or --device cpu out")
+    if where.get("device") == "cpu":
+        if vram is None:
+            raise UserError("--device cpu needs --vram, the memory to train in, for example --vram 16GiB")
+        card = Card.cpu(vram)
+    elif vram is not None and gpu is None:
+        major, _, minor = (capability or "7.5").partition(".")
+        card = Card.budget(vram, (int(major), int(minor)))
+    else:
+        if capability is not None:
+            raise UserError("--capability belongs to --vram; a card of --gpu has its own")
+        card = load_card(gpu or "auto").within(vram)
+    if system is not None and "any" in card.usable:
+        raise UserError(f"--os {system} belongs to a card of --gpu; for {card.name} the memory is what was given")
+    return card

@@ -73,8 +73,12 @@ def footprint(step: Step) -> Footprint:
 
 def allocations(step: Step) -> list[tuple[int, int]]:
     """Every allocation and release of the whole model's step, in order, for `replay`."""
-    run = walk(step, record=True) if step.shape.learned is None else _traced(step, 2)
-    return run.events or []
+    return recorded(step).events or []
+
+
+def recorded(step: Step) -> Ledger:
+    """The ledger of the whole model's two steps, with every allocation and release."""
+    return walk(step, record=True) if step.shape.learned is None else _traced(step, 2)
 
 
 def _traced(step: Step, steps: int) -> Ledger:

@@ -25,6 +25,7 @@ class Ledger:
         self.phases: dict[str, int] = {}  # phase: peak bytes
         self.parts: dict[str, dict[str, int]] = {}  # phase: bytes by component at that peak
         self.events: list[tuple[int, int]] | None = [] if record else None  # (storage id, +bytes or -bytes)
+        self.changes: list[tuple[str, str, int]] = []  # the same as (phase, component, +bytes or -bytes), and moves
         self.next_id = 0
         self.enter("load")
 
@@ -39,6 +40,7 @@ class Ledger:
         self.next_id += 1
         if self.events is not None:
             self.events.append((self.next_id, nbytes))
+            self.changes.append((self.phase, component, nbytes))
         return self.next_id
 
     def release(self, ident: int, nbytes: int, component: str) -> None:
@@ -46,11 +48,14 @@ class Ledger:
         self.by_component[component] -= nbytes
         if self.events is not None:
             self.events.append((ident, -nbytes))
+            self.changes.append((self.phase, component, -nbytes))
 
     def move(self, nbytes: int, old: str, new: str) -> None:
         """Account `nbytes` to another component."""
         self.by_component[old] -= nbytes
         self.by_component[new] = self.by_component.get(new, 0) + nbytes
+        if self.events is not None:
+            self.changes += [(self.phase, old, -nbytes), (self.phase, new, nbytes)]
 
     def enter(self, phase: str) -> None:
         """Begin a phase; what is live now counts for it from the start."""

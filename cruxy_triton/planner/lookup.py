@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping
 from importlib import resources
@@ -78,24 +79,43 @@ def find_config(text: str) -> tuple[Mapping[str, Any], str, str]:
         if path.suffix == ".toml":
             return read_toml(path), path.stem, str(path)
         name = path.parent.name if path.name == "config.json" else path.stem
-        return _json_object(_text(path), str(path)), name, str(path)
+        return json_object(_text(path), str(path)), name, str(path)
+    if (profile := model_profile(text)) is not None:
+        return profile
+    if is_hub_id(text):
+        return hub_config(_cached_config(text) or _hub_config(text), text)
+    raise UserError(unknown_model(text))
+
+
+def model_profile(text: str) -> tuple[Mapping[str, Any], str, str] | None:
+    """(config, name, source) of a profile by its name, its Hugging Face id or an alias."""
     wanted = simple(text)
     for name, data in profiles("models").items():
         aliases = (data.get("hf_id", ""), *data.get("aliases", ()))
         if wanted in {simple(x) for alias in (name, *aliases) if alias for x in (alias, alias.rpartition("/")[2])}:
             return data, name, ""
-    if text.count("/") == 1 and not text.startswith((".", "/")) and not text.endswith((".json", ".toml")):
-        config = _cached_config(text) or _hub_config(text)
-        return {**config, "hf_id": text}, text, "huggingface.co"
-    raise UserError(_unknown_model(text))
+    return None
 
 
-def _unknown_model(text: str) -> str:
+def is_hub_id(text: str) -> bool:
+    """Whether a model's name has the form of a Hugging Face id."""
+    return text.count("/") == 1 and not text.startswith((".", "/")) and not text.endswith((".json", ".toml"))
+
+
+def hub_config(config: Mapping[str, Any], hf_id: str) -> tuple[Mapping[str, Any], str, str]:
+    """(config, name, source) of a Hugging Face id's config."""
+    return {**config, "hf_id": hf_id}, hf_id, "huggingface.co"
+
+
+def unknown_model(text: str) -> str:
     others = "A Hugging Face id (owner/name), a folder or a config.json serve as well."
     return f"{unknown('model', text, model_names())} {others}"
 
 
-def _json_object(text: str, where: str) -> dict[str, Any]:
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """The object that a config.json holds. Raises UserError where it is none."""
+    if _depth(text) > 100:  # a parser's stack may not hold as much; in a browser that ends the interpreter
+        raise UserError(f"{where}: nested more than 100 levels deep; a model's configuration is not")
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -103,6 +123,15 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a JSON object with the model's configuration")
     return data
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a JSON text are nested."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(depth, deepest)
+    return deepest
 
 
 def _cached_config(hf_id: str) -> dict[str, Any] | None:
@@ -115,7 +144,7 @@ def _cached_config(hf_id: str) -> dict[str, Any] | None:
         path = try_to_load_from_cache(hf_id, "config.json")
     except ValueError:  # not a name that the hub could have
         return None
-    return _json_object(_text(Path(path)), path) if isinstance(path, str) else None
+    return json_object(_text(Path(path)), path) if isinstance(path, str) else None
 
 
 def _hub_config(hf_id: str) -> dict[str, Any]:
@@ -131,12 +160,16 @@ def _hub_config(hf_id: str) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=10) as answer:
             text = answer.read().decode("utf-8", errors="replace")
     except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-        code = getattr(error, "code", None)
-        if code in (401, 403):
-            why = "The hub asks for a login: set HF_TOKEN after accepting the model's licence there."
-        elif code == 404:
-            why = "The hub has no such model."
-        else:
-            why = f"The hub could not be asked ({error})."
-        raise UserError(f"{_unknown_model(hf_id)} {why}") from None
-    return _json_object(text, hf_id)
+        raise not_from_hub(hf_id, getattr(error, "code", None), error) from None
+    return json_object(text, hf_id)
+
+
+def not_from_hub(hf_id: str, status: int | None, reason: object) -> UserError:
+    """The sentence for a config that the hub does not give; `status` is HTTP's, None where there was no answer."""
+    if status in (401, 403):
+        why = "The hub asks for a login: set HF_TOKEN after accepting the model's licence there."
+    elif status == 404:
+        why = "The hub has no such model."
+    else:
+        why = f"The hub could not be asked ({reason})."
+    return UserError(f"{unknown_model(hf_id)} {why}")

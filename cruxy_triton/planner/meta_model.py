@@ -112,6 +112,8 @@ def learn(values: Mapping[str, Any], name: str = "", source: str = "") -> ModelS
     config = _config(model_type, values, where)
     with torch.device("meta"):
         model = _model(config, torch.float16, where)
+    # Layers may differ in what is read here (Gemma 4's head_dim); what is counted with is the model.
+    config.allow_global_per_layer_attribute_access = True
     head = model.get_output_embeddings()
     counts: dict[Linear, int] = {}
     for path, module in model.named_modules():

@@ -41,6 +41,11 @@ _OPTIONAL = (
 )
 
 
+# How a config calls the parts of a model that takes more than text. Other mappings (attn_config, ffn_config,
+# per_layer_config, decoder_config) are settings of one model.
+_MODALITIES = ("text_", "vision_", "visual_", "image_", "video_", "vq_", "audio_", "speech_")
+
+
 def _checked(config: Mapping[str, Any], spec: tuple[str, type, Any, Any], where: str) -> Any:
     """The field's value, or None. Raises UserError where it is none of that type or out of range."""
     name, kind, least, most = spec
@@ -71,9 +76,7 @@ def shape_from_config(config: Mapping[str, Any], name: str = "", source: str = "
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{where}: model_type {kind!r} is not the name of an architecture, for example llama")
-    parts = [key for key, value in config.items() if isinstance(value, Mapping) and key.endswith("_config")]
-    parts = [key for key in parts if key != "quantization_config"]
-    if parts:
+    if parts := [key for key, value in config.items() if isinstance(value, Mapping) and key.startswith(_MODALITIES)]:
         raise UserError(
             f"{where}: model_type {kind!r} is a model of several parts ({', '.join(parts)}); plan and finetune take "
             "causal language models of text alone"

@@ -10,7 +10,7 @@ from cruxy_triton.planner.plan import Configuration, Plan
 from cruxy_triton.planner.search import describe_optimizer
 
 _BAR = 40  # characters for the usable memory
-_ORDER = (
+ORDER = (
     "weights",
     "quantization",
     "adapters",
@@ -22,7 +22,7 @@ _ORDER = (
     "allocator",
     "context",
 )
-_MEANING = {
+MEANING = {
     "weights": "base weights",
     "quantization": "4-bit scales",
     "adapters": "LoRA, float32",
@@ -32,6 +32,7 @@ _MEANING = {
     "allocator": "PyTorch's rounding and fragmentation",
     "context": "CUDA context",
 }
+NO_COMMAND = "finetune cannot run this yet: it trains LoRA adapters, not every weight"
 
 
 def describe(config: Configuration) -> str:
@@ -81,9 +82,9 @@ def render(plan: Plan, plan_file: str | None = None) -> str:
         "",
     ]
     whole = max(plan.usable_bytes, plan.peak_bytes)
-    for name in _ORDER:
+    for name in ORDER:
         if plan.components.get(name):
-            lines.append(_line(name, plan.components[name], whole, _MEANING.get(name, "")))
+            lines.append(_line(name, plan.components[name], whole, MEANING.get(name, "")))
     share = 100 * plan.peak_bytes / plan.usable_bytes
     lines += [
         f"  {'-' * 24}",
@@ -123,5 +124,5 @@ def render(plan: Plan, plan_file: str | None = None) -> str:
     if plan.fits and c.method == "lora":
         lines += ["", finetune_command(plan, plan_file)]
     elif plan.fits:
-        lines += ["", "finetune cannot run this yet: it trains LoRA adapters, not every weight"]
+        lines += ["", NO_COMMAND]
     return "\n".join(lines)

@@ -157,12 +157,13 @@ def replay(events: Sequence[tuple[int, int]], capacity: int | None = None) -> Re
     return Replayed(allocator.peak_allocated, allocator.peak_reserved, allocator.retries)
 
 
-def smallest_pool(events: Sequence[tuple[int, int]], tolerance: int = 4 * MiB) -> int:
+def smallest_pool(events: Sequence[tuple[int, int]], tolerance: int = 4 * MiB, free_run: Replayed | None = None) -> int:
     """The least capacity (bytes, within `tolerance`) in which the replay survives.
 
-    Between the peak of what is allocated and what an unlimited device would have had reserved.
+    Between the peak of what is allocated and what an unlimited device would have had reserved. free_run: the replay on
+    such a device, where it is known already.
     """
-    free_run = replay(events)
+    free_run = free_run or replay(events)
     low, high = free_run.allocated - 1, free_run.reserved
     while high - low > tolerance:
         middle = (low + high) // 2

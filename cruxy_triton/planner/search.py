@@ -102,7 +102,7 @@ class _Judge:
             return peak, peak, peak
         events = self.events(config)
         free_run = replay(events)
-        return free_run.allocated, free_run.reserved, smallest_pool(events, max(8 * MiB, peak // 128))
+        return free_run.allocated, free_run.reserved, smallest_pool(events, max(8 * MiB, peak // 128), free_run)
 
     def about(self, config: Configuration) -> int:
         """The process's peak without replaying the allocator: half of its allowance is added instead."""

@@ -23,6 +23,7 @@ from .backends.dispatch import explain as explain_backend
 from .backends.prepared import PreparedUpdate
 from .codec import CODECS
 from .laws import layout
+from .laws.clipping import TensorClip
 from .laws.control import control_inputs, new_control
 from .rules import RULES
 
@@ -30,6 +31,7 @@ __all__ = [
     "CODECS",
     "RULES",
     "PreparedUpdate",
+    "TensorClip",
     "adamw_update_",
     "control_inputs",
     "control_step",

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ NUM_WARPS = 4
 # more threads than that anyhow, and there the assembler spills a few of AdamW's registers to stay at 64.
 MAX_REGISTERS, MAX_REGISTERS_NEWER = 64, 80
 NEWER = (8, 0)
+
+_AS_IT_IS = nullcontext()
 
 observers: list[Callable[[str], None]] = []
 
@@ -48,14 +50,9 @@ def limits() -> dict[str, int]:
     return _limits_of(torch.cuda.current_device()) if torch.cuda.is_available() else {}
 
 
-@contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes `device` current, because Triton launches on the current one."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield
+    return torch.cuda.device(device) if device.type == "cuda" else _AS_IT_IS
 
 
 @dataclass

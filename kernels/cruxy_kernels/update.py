@@ -119,6 +119,7 @@ if HAS_TRITON:
         chunk_index,  # int32 (chunks,)
         control,  # fp32 (rows, NUM_SLOTS)
         lr_multipliers,  # fp32 (tensors of the caller,)
+        grad_factors,  # fp32 (tensors of the caller,)
         RULE: tl.constexpr,
         FLAGS: tl.constexpr,
         STATES: tl.constexpr,
@@ -132,6 +133,7 @@ if HAS_TRITON:
         CODED: tl.constexpr,
         RANDOM: tl.constexpr,
         HAS_MULTIPLIERS: tl.constexpr,
+        HAS_FACTORS: tl.constexpr,
         LINES: tl.constexpr,
         LAYOUT: tl.constexpr,
     ):
@@ -142,6 +144,8 @@ if HAS_TRITON:
             start = tl.load(chunk_index + program).to(tl.int64) * (LINES * _BLOCK)
             remaining = tl.minimum(tl.load(entry + T.NUMEL) - start, LINES * _BLOCK).to(tl.int32)
             factor = tl.load(slots + L.GRAD_FACTOR)
+            if HAS_FACTORS:
+                factor = factor * tl.load(grad_factors + tl.load(entry + T.INDEX))
             # What a rule does not use is not loaded: the compiler leaves it out.
             lr = tl.load(slots + L.LR_OUT)
             weight_decay = tl.load(slots + L.WEIGHT_DECAY)
@@ -191,9 +195,15 @@ def constants(rule: Rule, codecs: Sequence[Codec], flags: int, param: str, grad:
 
 
 def launch_batch(
-    rule: Rule, batch: Batch, codecs: Sequence[Codec], control: Tensor, lr_multipliers: Tensor | None, flags: int
+    rule: Rule,
+    batch: Batch,
+    codecs: Sequence[Codec],
+    control: Tensor,
+    lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
+    flags: int,
 ) -> None:
-    """One launch of the rule; `control` and `lr_multipliers` are on the batch's device, `flags` is `Rule.bits`."""
+    """One launch of the rule; the three tensors are on the batch's device, `flags` is `Rule.bits`."""
     launch(
         update_kernel,
         batch.table.chunks,
@@ -202,7 +212,9 @@ def launch_batch(
         batch.table.chunk_index,
         control,
         control if lr_multipliers is None else lr_multipliers,
+        control if grad_factors is None else grad_factors,
         HAS_MULTIPLIERS=lr_multipliers is not None,
+        HAS_FACTORS=grad_factors is not None,
         **constants(rule, codecs, flags, batch.types[T.PARAM], batch.types[T.GRAD], batch.types[T.STATE]),
     )
 
@@ -216,12 +228,16 @@ def launch_update(
     rows: Sequence[int] | None,
     ids: Sequence[int] | None,
     lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
     flags: int,
 ) -> None:
     """`dispatch.update_` by the kernel, with arguments that it has checked."""
     codecs = rule.codecs_of(state)
     for batch in batches(columns_of(rule, params, grads, state), rows, ids, read_only=(T.GRAD,)):
         here = control.to(batch.device, non_blocking=True)
-        factors = None if lr_multipliers is None else lr_multipliers.to(batch.device, non_blocking=True)
-        launch_batch(rule, batch, codecs, here, factors, flags)
+        multipliers, factors = (
+            None if values is None else values.to(batch.device, non_blocking=True)
+            for values in (lr_multipliers, grad_factors)
+        )
+        launch_batch(rule, batch, codecs, here, multipliers, factors, flags)
         batch.finish()

@@ -286,14 +286,61 @@ def test_a_text_of_one_line_is_cut_without_loss(text: str, tmp_path: Path) -> No
             [{"prompt": "P", "completion": "C"}] * 8,
             "warning: 2 of 2 held-out records are trained on too, so they prove nothing",
         ),
+        (
+            [{"question": "Q", "answer": "A", "context": "巴黎是法国的首都", "id": "5a"}] * 8,
+            "warning: 8 of 8 records have a field 'context', which is not used",
+        ),
+        (
+            [{"question": "Q", "answer": "A", "Context": "France", "topic": "France"}] * 8,
+            "warning: 8 of 8 records have a field 'Context', which is not used",
+        ),
+        (
+            [{"question": "Q", "answer": "A", "notes": "กรุงเทพเป็นเมืองหลวง"}] * 8,
+            "warning: 8 of 8 records have a field 'notes', which is not used",
+        ),
+        (
+            [
+                {"messages": [message(ASSISTANT, "Hello."), message(USER, str(i)), message(ASSISTANT, "!")]}
+                for i in range(8)
+            ],
+            "warning: 8 of 8 conversations open with a turn of the assistant, which is not trained on",
+        ),
         ([{"prompt": str(i), "completion": "C"} for i in range(8)], None),
         ([{"instruction": str(i), "input": "two words", "output": "O", "category": "x"} for i in range(8)], None),
     ],
-    ids=["context", "remark", "tools", "duplicates", "nothing", "alpaca"],
+    ids=["context", "remark", "tools", "duplicates", "chinese", "one word", "thai", "opening", "nothing", "alpaca"],
 )
 def test_what_is_not_used_is_said(rows: list, says: str | None, tmp_path: Path) -> None:
     found = read(write(tmp_path, rows), chat="messages" in rows[0])
     assert (says in [str(loss) for loss in found.losses]) if says else not found.losses
+
+
+@pytest.mark.parametrize("kind", ["records", "conversations", "text"])
+def test_no_more_is_held_out_than_is_evaluated(kind: str, tmp_path: Path) -> None:
+    """What --max-eval-samples cuts off is trained on; where that cannot be, it is said how much is lost."""
+    turns = 3 if kind == "conversations" else 1
+    rows: Any = [{"prompt": str(i), "completion": "C"} for i in range(40)]
+    if kind == "conversations":
+        rows = [{"messages": [message(USER, str(i)), message(ASSISTANT, "C")] * turns} for i in range(40)]
+    if kind == "text":
+        rows = "".join(f"line {i}\n" for i in range(400))
+    source = write(tmp_path, rows, "book.txt" if kind == "text" else "data.jsonl")
+    everything = read(source, chat=True, eval_fraction=0.5)
+    cut = read(source, chat=True, eval_fraction=0.5, max_eval_samples=7)
+    total = len(everything.train) + len(everything.held_out)
+    assert len(cut.held_out) == 7 // turns * turns
+    assert len(cut.train) == total - len(cut.held_out)
+    assert not cut.losses
+    if turns > 1:
+        cut = read(source, chat=True, max_eval_samples=2)
+        assert (len(cut.held_out), len(cut.train)) == (2, total - 3)
+    else:
+        cut = read(source, eval_source=source, max_eval_samples=2)
+        assert (len(cut.held_out), len(cut.train)) == (2, total)
+    lost = total - 2 if turns == 1 else 1
+    assert str(cut.losses[0]).endswith(
+        f"{lost} of {lost + 2} held-out records are beyond the 2 of --max-eval-samples: not used"
+    )
 
 
 @pytest.mark.parametrize("form", ["prompt", "chat", "text", "merging"])

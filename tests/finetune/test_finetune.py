@@ -93,7 +93,7 @@ def test_everything_that_is_promised_is_written(small_model, questions: Path, co
     folder = Path(summary["folder"])
     assert folder == command.folder / "runs" / f"{small_model().name}-questions"
     assert {p.name for p in folder.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "plot.png", "report.md", "run.json"
+        "adapter", "checkpoints", "events.jsonl", "memory.svg", "metrics.jsonl", "plot.png", "report.md", "run.json"
     }  # fmt: skip
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,5 +1,6 @@
 """The output folder: what a run may use, and that earlier output survives until the new one is complete."""
 
+import functools
 import json
 import os
 import subprocess
@@ -169,6 +170,48 @@ def test_the_newest_two_checkpoints_are_kept_and_found_by_number(tmp_path: Path)
     (before / "weights").unlink()
     with pytest.raises(UserError, match="no checkpoint is whole"):
         folder.intact_checkpoint()
+
+
+def test_the_last_good_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin()
+
+    def keep(step: int) -> Path:
+        partial = folder.checkpoints / ".partial" / f"checkpoint-{step}"
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "weights").write_bytes(bytes(100))
+        folder.keep_checkpoint(partial)
+        return folder.checkpoints / partial.name
+
+    good = keep(5)
+    for step in (6, 7):
+        (keep(step) / "weights").write_bytes(b"damaged")
+    assert folder.intact_checkpoint()[0] == good
+    assert folder.intact_checkpoint()[0] in (good, keep(8))
+    assert good.exists(), "one of the two good ones"
+
+
+def test_killed_at_every_call_into_the_file_system_a_checkpoint_is_left(tmp_path: Path) -> None:
+    """Also where the same step is saved a second time (on schedule and by an interruption), and it is the only one."""
+    from cruxy_triton.bench import faults
+
+    for point in range(1, 200):
+        folder = RunFolder(tmp_path / str(point))
+        folder.begin()
+        partial = folder.checkpoints / ".partial" / "checkpoint-5"
+        for again in (False, True):
+            partial.mkdir(parents=True)
+            (partial / "weights").write_bytes(bytes(100))
+            if not again:
+                folder.keep_checkpoint(partial)
+        killed = faults._killed_at(point, functools.partial(folder.keep_checkpoint, partial))
+        folder.begin()  # of the resumed run
+        assert folder.intact_checkpoint() == (folder.checkpoints / "checkpoint-5", [])
+        if not killed:
+            break
+    else:
+        pytest.fail("the write never came to its end")
+    assert point > 5
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:

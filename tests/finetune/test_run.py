@@ -276,7 +276,7 @@ def test_a_sample_can_be_left_out_when_a_run_is_resumed(train, tmp_path: Path) -
     (tmp_path / "run" / "run.json").write_text(json.dumps(saved | {"status": "interrupted"}))
     result, _ = train(resume=True, sample_tokens=0)
     assert result.finished
-    assert result.sample is None
+    assert result.samples == []
 
 
 def stop_at(step: int, monkeypatch) -> None:
@@ -474,3 +474,153 @@ def test_running_out_of_memory_is_a_sentence(name: str, train, tmp_path: Path, m
     assert (tmp_path / "run").exists() == (name == "training_step")
     if name == "training_step":
         assert record(tmp_path / "run")["status"] == "out of memory"
+
+
+# -- the guard ---------------------------------------------------------------------------------------------------
+
+
+def breaking(monkeypatch, steps: Any, what: str) -> None:
+    """In each of `steps` (from 1) puts NaN into the gradient of the layer 0 adapter of v_proj, or into its weights."""
+    from cruxy_triton.finetune import train as train_module
+
+    real = train_module.Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = real(self, *args, **kwargs)
+        if self.state.global_step + 1 in steps:
+            name = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"
+            parameter = dict(self.peft_model.named_parameters())[name]
+            with torch.no_grad():
+                (parameter.grad if what == "gradient" else parameter)[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train_module.Trainer, "training_step", training_step)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", ["cruxy", "adamw"])
+def test_a_guard_with_nothing_to_do_changes_nothing(optimizer: str, train, tmp_path: Path) -> None:
+    for guard in ("off", "observe", "act"):
+        train(output=guard, guard=guard, optimizer=optimizer, max_steps=25, lr=2e-3, save_steps=50)
+    off = rows(tmp_path / "off")
+    assert not (tmp_path / "off" / "events.jsonl").exists()
+    for guard in ("observe", "act"):
+        assert [event["kind"] for event in events(tmp_path / guard)] == ["regime"], "warming -> stable"
+        found = rows(tmp_path / guard)
+        assert [row["loss"] for row in found if "loss" in row] == [row["loss"] for row in off if "loss" in row]
+        assert {row["regime"] for row in found if "loss" in row} == {"warming", "stable"}
+        assert (tmp_path / guard / ADAPTER).read_bytes() == (tmp_path / "off" / ADAPTER).read_bytes()
+
+
+def test_a_gradient_that_is_not_finite_costs_one_step_and_is_named(train, tmp_path: Path, monkeypatch) -> None:
+    breaking(monkeypatch, [3], "gradient")
+    result, said = train(max_steps=5, optimizer="adamw")
+    assert math.isfinite(result.after["loss"])
+    (skip,) = [event for event in events(tmp_path / "run") if event["kind"] == "skip"]
+    assert skip["step"] == 3
+    assert skip["layer"].endswith("layers.0.self_attn.v_proj.lora_B.default.weight")
+    assert skip["batch"].startswith("'Question: What is ")
+    assert [row.get("actions") for row in rows(tmp_path / "run") if "loss" in row] == [None, None, ["skip"], None, None]
+    assert any(line.startswith("guard: 5 steps") and "1 x skip" in line for line in said)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| actions | 1 x skip |" in report
+    assert f"[batch {skip['batch']}]" in report
+    assert record(tmp_path / "run")["result"]["guard"]["actions"] == {"skip": 1}
+    assert not (tmp_path / "run" / "snapshots").exists(), "of no use to a finished run"
+
+
+def test_a_run_that_nothing_helps_is_stopped_with_good_weights(train, tmp_path: Path, monkeypatch) -> None:
+    breaking(monkeypatch, range(3, 99), "gradient")
+    says = r"^training stopped at step 32: 5 steps in a row were not finite, .* The weights are those after step 0\."
+    with pytest.raises(run.TrainingFailed, match=says):
+        train(max_steps=60)
+    found = record(tmp_path / "run")
+    assert found["status"] == "stopped"
+    assert found["result"]["after"] == found["before"]
+    weights = load_file(tmp_path / "run" / ADAPTER)
+    assert all(not w.any() for name, w in weights.items() if "lora_B" in name), "as they were before the first step"
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"**{found['stopped']}**" in report
+    before = events(tmp_path / "run")
+    assert [e["kind"] for e in before if e["kind"] in ("rollback", "stop")] == ["rollback"] * 5 + ["stop"]
+    with pytest.raises(run.TrainingFailed, match=says):
+        train(resume=True)
+    assert record(tmp_path / "run")["resumed_at_steps"] == [30]
+    assert events(tmp_path / "run") == before
+
+
+def test_a_resumed_run_rolls_back_to_where_the_whole_one_does(train, tmp_path: Path, monkeypatch) -> None:
+    """To weights from before the interruption, which lie on the disk; history, events and result are the same."""
+    import functools
+
+    from cruxy_triton.finetune import train as train_module
+
+    quick = functools.partial(train_module.Policy, snapshot_interval=5, snapshot_confirm=3, warmup_steps=5)
+    monkeypatch.setattr(train_module, "Policy", quick)
+    breaking(monkeypatch, [14], "weights")
+    train(output="whole", max_steps=20, save_steps=6)
+    with monkeypatch.context() as patch:
+        stop_at(12, patch)
+        train(output="broken", max_steps=20, save_steps=6)
+    train(output="broken", resume=True)
+    (rollback,) = [event for event in events(tmp_path / "whole") if event["kind"] == "rollback"]
+    assert "back to the weights after step 10" in rollback["message"]
+    assert events(tmp_path / "broken") == events(tmp_path / "whole")
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert (tmp_path / "broken" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_clipping_is_what_is_asked_for(train, tmp_path: Path) -> None:
+    """sgd's first step moves B, which begins at zero, by the learning rate times the gradient."""
+    lengths = {}
+    for clip in ("global", "none"):
+        train(
+            output=clip, clip=clip, guard="observe", optimizer="sgd", lr=0.5, lr_schedule="constant", lora_alpha=500,
+            max_steps=1,
+        )  # fmt: skip
+        weights = load_file(tmp_path / clip / ADAPTER)
+        lengths[clip] = torch.stack([w.norm() for name, w in weights.items() if "lora_B" in name]).norm().item()
+        (row,) = [row for row in rows(tmp_path / clip) if "loss" in row]
+        assert row["grad_norm"] > 2
+    assert lengths["global"] == pytest.approx(0.5, rel=1e-5)
+    assert lengths["none"] == pytest.approx(0.5 * row["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "cruxy"])
+def test_who_clips_each_tensor(optimizer: str, train, tmp_path: Path, monkeypatch) -> None:
+    from cruxy_triton.finetune import train as train_module
+
+    made = []
+    real = train_module.make_guard
+    monkeypatch.setattr(train_module, "make_guard", lambda *args: made.append(real(*args)) or made[-1])
+    train(clip="tensor", optimizer=optimizer, max_steps=2)
+    assert made[0].policy.tensor_ratio == (1.05 if optimizer == "adamw" else None)
+    assert getattr(made[0].optimizer, "clip", "tensor") == "tensor"
+    with pytest.raises(UserError, match=r"--clip tensor with --optimizer sgd is done by the guard"):
+        Recipe("m", "d", "o", clip="tensor", optimizer="sgd", guard="observe")
+
+
+def test_the_plot_has_the_regimes_and_the_actions(tmp_path: Path, monkeypatch) -> None:
+    from matplotlib import pyplot
+
+    from cruxy_triton.finetune import report
+
+    regimes = ["warming"] * 3 + ["stable"] * 2 + ["unstable"] * 2 + ["recovering"]
+    shown = [{"step": i, "loss": 5.0 - i, "lr": 1e-3, "regime": regime} for i, regime in enumerate(regimes, 1)]
+    shown[5] |= {"loss": None, "actions": ["skip"]}
+    shown[6] |= {"actions": ["skip", "rollback"]}
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    report.plot([{"step": 0, "eval_loss": 5.0}, *shown], tmp_path / "plot.png", "title")
+    axes = kept[0].axes
+    for axis in axes:
+        spans = [(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches]
+        assert spans == [(0.5, 3.5), (3.5, 5.5), (5.5, 7.5), (7.5, 8.5)]
+    marks = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    assert (marks["skip"], marks["rollback"]) == ([[6.0, 0.0], [7.0, -2.0]], [[7.0, -2.0]])
+    named = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert {"warming", "unstable", "recovering", "skip", "rollback"} <= set(named)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

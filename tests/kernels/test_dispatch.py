@@ -102,5 +102,5 @@ def test_a_codec_that_the_loops_do_not_have_goes_to_pytorch(monkeypatch):
     arguments = ([p], [p.clone()], {"exp_avg": [codes], "exp_avg_scale": [scales]})
     assert dispatch.choose_for_update(RULES["lion"], *arguments, None) == "torch"
     if dispatch.native.library()[0] is not None:
-        with pytest.raises(TypeError, match="cannot serve the codec softsign4: native.cpp has softsign8"):
+        with pytest.raises(TypeError, match=r"cannot serve the codec softsign4: native\.cpp has softsign8"):
             dispatch.choose_for_update(RULES["lion"], *arguments, "native")

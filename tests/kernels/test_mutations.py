@@ -130,6 +130,18 @@ MORE = {
                               ["test_control.py::test_sixty_steps"]),
     "scale left in a maximum": ("laws/control.py", "max_abs = max_abs * inverse", "max_abs = max_abs",
                                        ["test_control.py::test_it_is_the_law"]),
+    "histories that a skipped step moves": (
+        "laws/clipping.py",
+        "said = (own > 0) & good",
+        "said = own > 0",
+        ["test_clipping.py::test_histories_and_factors_are_the_papers"],
+    ),
+    "another tensor's factor": (
+        "update.py",
+        "tl.load(grad_factors + tl.load(entry + T.INDEX))",
+        "tl.load(grad_factors)",
+        ["test_clipping.py::test_the_factor_comes_before_the_momentum"],
+    ),
     "a captured table lent again": (
         "tables.py",
         "            self.keep(table)\n",

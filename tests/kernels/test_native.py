@@ -3,6 +3,7 @@
 What they compute is in the files that take `place`.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from cruxy_kernels import gradient_telemetry, lion_update_
+from cruxy_kernels import gradient_telemetry, lion_update_, new_control, update_
+from cruxy_kernels import layout as L
 from cruxy_kernels.backends import dispatch, native
 
 needs_compiler = pytest.mark.skipif(native.library()[0] is None, reason=native.library()[1])
@@ -75,6 +77,28 @@ def test_a_compiler_that_fails_is_reported(tmp_path):
     )  # fmt: skip
     assert "no such luck" in result.stdout
     assert "[524288.0, 524288.0, 1.0, 0.0]" in result.stdout
+
+
+def _lion_state(grads, state):
+    """The momentum after a step of Lion that keeps nothing of the old one: the gradient, through both conversions."""
+    control = new_control(betas=(0.0, 0.0))
+    control[:, [L.SKIP, L.BETA1_OUT, L.BETA2_OUT]], control[:, L.GRAD_FACTOR] = 0.0, 1.0
+    update_("lion", [torch.zeros(grads.shape)], [grads], {"exp_avg": [state]}, control, backend="native")
+    return state
+
+
+@needs_compiler
+def test_every_float16_is_read_and_written_as_torch_does_it():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    torch.testing.assert_close(
+        _lion_state(every, torch.zeros(every.shape)), every.float(), rtol=0, atol=0, equal_nan=True
+    )
+    finite = every[every.isfinite()].float()
+    between = (finite + torch.nextafter(every, torch.tensor(math.inf).half())[every.isfinite()].float()) / 2
+    near = [torch.nextafter(between, torch.tensor(end)) for end in (-math.inf, math.inf)]
+    wide = torch.cat([finite, between, *near, torch.tensor([1e-45, 65519.996, 65520.0, 1e30, -math.inf, math.nan])])
+    written = _lion_state(wide, torch.zeros(wide.shape, dtype=torch.float16))
+    torch.testing.assert_close(written, wide.half(), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler

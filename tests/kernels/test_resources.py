@@ -66,6 +66,7 @@ def test_every_rule_codec_and_law_is_there(sm_75):
         states = {"fp32", *[f"int{bits}" for bits in rule.state_bits if bits != 32]}
         assert {name.split()[3] for name in found} == states
         assert len(found) == len(states) * (2 if rule.flags else 1)
+        assert len([name for name in rows if name.startswith(f"clipped {rule.name} fp32/fp32 state ")]) == len(states)
     assert not [name for name in rows if name.startswith("adamw") and "int8" in name]
     assert {name.split()[1] for name in rows if name.startswith("control")} == {*L.LAWS, "refresh"}
     assert [name for name in rows if name.startswith("quantize")]

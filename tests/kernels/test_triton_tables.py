@@ -242,7 +242,7 @@ def test_entries_are_where_kernels_look(device, cache, control_rows):
     entries = torch.tensor([entry], dtype=torch.int64, device=device)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     launch.launch(
-        update_kernel, 1, entries, zero, zero, control, control, HAS_MULTIPLIERS=False,
+        update_kernel, 1, entries, zero, zero, control, control, control, HAS_MULTIPLIERS=False, HAS_FACTORS=False,
         **constants(RULES["lion"], RULES["lion"].codecs(32), 0, "fp32", "fp32", "fp32"),
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip((p, g, m), wanted, strict=True))

@@ -32,7 +32,7 @@ def test_element_offsets_have_64_bits(device):
     chunk = torch.tensor([far // tables.CHUNK], dtype=torch.int32, device=device)
     partials = torch.zeros((1, 4), device=device)
     launch(
-        telemetry.telemetry_kernel, 1, entries.to(device), torch.zeros_like(chunk), chunk, 1, 1, 1.5, partials,
-        GRAD_TYPE="fp32", GAMMA_IS_1_5=True, LINES=tables.CHUNK // 8, LAYOUT=tables.KEY,
+        telemetry.telemetry_kernel, 1, entries.to(device), torch.zeros_like(chunk), chunk, 1, 1, 1.5, partials, chunk,
+        GRAD_TYPE="fp32", GAMMA_IS_1_5=True, BY_TENSOR=False, LINES=tables.CHUNK // 8, LAYOUT=tables.KEY,
     )  # fmt: skip
     assert partials[0].tolist() == pytest.approx(sums(data), rel=1e-5)

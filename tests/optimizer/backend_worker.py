@@ -11,8 +11,10 @@ import sys
 import torch
 from torch import nn
 
+from cruxy_kernels import layout
 from cruxy_triton import CruxyOptimizer
 
+layout.TENSOR_CLIP_WARMUP = 4  # so that the run goes beyond it
 STEPS = 12  # one skipped step and one turn of the slow loop
 RUNS = {
     "stability_v1 adamw": {"mode": "stability_v1"},
@@ -27,6 +29,7 @@ RUNS = {
     "meta3 adamw coupled": {"decoupled_weight_decay": False, "use_nesterov": False, "weight_decay": 0.1},
     "meta3 lion fp16": {"use_lion": True, "dtype": torch.float16},
     "meta3 adamw bf16": {"dtype": torch.bfloat16},
+    "meta3 lion clip by tensor": {"use_lion": True, "clip": "tensor"},
 }
 
 

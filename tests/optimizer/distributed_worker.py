@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cruxy_kernels import layout
 from cruxy_triton import CruxyOptimizer
 
 SETTINGS = {
@@ -25,7 +26,9 @@ SETTINGS = {
     "lion4": {"lr": 1e-3, "use_lion": True, "betas": (0.9, 0.99), "state_bits": 4},
     "v1": {"lr": 1e-2, "mode": "stability_v1"},
     "v2": {"lr": 1e-2, "mode": "stability_v2"},
+    "clip": {"lr": 1e-2, "clip": "tensor"},
 }
+layout.TENSOR_CLIP_WARMUP = 5  # so that 30 steps go beyond it
 
 
 class Model(nn.Module):
@@ -155,6 +158,11 @@ def fsdp(rank: int, world: int, folder: Path) -> None:
         held = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
         total = sum(p.numel() for p in Model().parameters())
         assert held < 0.7 * total, "the state is not sharded"
+        if settings.get("clip") == "tensor":  # a tensor's norm is that of all its shards
+            histories = [[s["clip"] for s in o.state.values()] for o in (optimizer, single)]
+            assert all(one[1] == 5 for one in histories[0])
+            torch.testing.assert_close(*map(torch.stack, histories), rtol=2e-2, atol=1e-4)
+            same_on_all_ranks(histories[0], world)
 
 
 def fsdp_bad_steps(rank: int, world: int, folder: Path) -> None:
@@ -180,7 +188,7 @@ def fsdp_checkpoint(rank: int, world: int, folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    for name in ("adamw", "adamw8", "lion8", "lion4"):
+    for name in ("adamw", "adamw8", "lion8", "lion4", "clip"):
         model, optimizer = sharded(SETTINGS[name])
         train(model, optimizer, 0, 15, rank, world)
         weights, state = get_state_dict(model, optimizer)

@@ -348,6 +348,25 @@ def test_hooks_and_their_order():
     assert len(calls) == 4
 
 
+def test_a_profile_shows_each_step_once():
+    """Also where a subclass has a step of its own, which torch wraps again."""
+
+    class Counting(CruxyOptimizer):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    for kind, name in ((MetaLion, "MetaLion"), (Counting, "Counting")):
+        params = parameters()
+        optimizer = kind(params)
+        calls: list[str] = []
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step(closure_for(optimizer, params))
+        assert [e.count for e in profile.key_averages() if e.key == f"Optimizer.step#{name}.step"] == [1]
+        optimizer.register_step_pre_hook(lambda *a, calls=calls: calls.append("pre"))
+        optimizer.step(closure_for(optimizer, params))
+        assert calls == ["pre"]
+
+
 def test_a_pre_hook_can_give_the_loss():
     params = parameters()
     optimizer = CruxyOptimizer(params)

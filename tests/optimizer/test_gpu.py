@@ -21,6 +21,7 @@ SETTINGS = {
     "lion4": {"use_lion": True, "betas": (0.9, 0.99), "lr": 1e-4, "state_bits": 4},
     "v1": {"mode": "stability_v1"},
     "v2": {"mode": "stability_v2"},
+    "clip": {"clip": "tensor"},
 }
 
 
@@ -78,10 +79,14 @@ def test_the_cpus_trajectory(name):
     assert runs[0][1]["lr"] == pytest.approx(runs[1][1]["lr"], rel=1e-4)
 
 
-def test_in_a_cuda_graph():
+@pytest.mark.parametrize("clip", ["global", "tensor"])
+def test_in_a_cuda_graph(clip):
     """A captured step, replayed, is the run without a graph: slow loop and history included."""
     plain, captured = parameters("cuda"), parameters("cuda")
-    a, b = (MetaLion(params, capturable=True, lr=torch.tensor(1e-4, device="cuda")) for params in (plain, captured))
+    a, b = (
+        MetaLion(params, capturable=True, lr=torch.tensor(1e-4, device="cuda"), clip=clip)
+        for params in (plain, captured)
+    )
     loss = torch.tensor(1.0, device="cuda")
     for params in (plain, captured):
         gradients(params, 0)
@@ -107,6 +112,8 @@ def test_in_a_cuda_graph():
         graph.replay()
     for p, q in zip(plain, captured, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        if clip == "tensor":
+            torch.testing.assert_close(a.state[p]["clip"], b.state[q]["clip"], rtol=1e-5, atol=0)
     assert b.metrics(wait=True)["step"] == a.metrics(wait=True)["step"] == 33
 
 

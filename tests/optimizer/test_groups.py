@@ -236,9 +236,105 @@ def test_a_loss_is_for_one_step():
     assert optimizer.metrics()["loss"] != 2.0
 
 
-# -- many small ones -------------------------------------------------------------------------------------------
+# -- tensors that lie somewhere else in the next step ---------------------------------------------------------
 
 needs_native = pytest.mark.skipif(native.library()[0] is None, reason=f"no loops over all rows: {native.library()[1]}")
+
+
+def _zeros(tensor):
+    return torch.zeros_like(tensor)
+
+
+def _wrapped(optimizer):
+    """What Lightning does: another object with the same attributes."""
+    wrapper = object.__new__(type("Wrapper", (CruxyOptimizer,), {}))
+    wrapper.__dict__ = dict(optimizer.__dict__)
+    return wrapper
+
+
+# How somebody gets hold of the state in the 5th step. What they hold they may change in any later one.
+REACHES = {
+    "state": lambda optimizer: list(optimizer.state.values()),
+    "a wrapper's state": lambda optimizer: list(_wrapped(optimizer).state.values()),
+    "state_dict": lambda optimizer: list(optimizer.state_dict()["state"].values()),
+    "a shallow copy": lambda optimizer: list(copy.copy(optimizer).state.values()),
+    "pickle": lambda optimizer: list(optimizer.__getstate__()["state"].values()),
+}
+CHANGES = {
+    "data": lambda state, name: setattr(state[name], "data", _zeros(state[name])),
+    "set_": lambda state, name: state[name].set_(_zeros(state[name])),
+    "another tensor": lambda state, name: state.update({name: _zeros(state[name])}),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_whose_tensors_are_exchanged_is_followed(settings, reach, change):
+    """As if the old tensors had been overwritten: in the plan of a step nothing of them is left."""
+    shapes = ((70, 3), (4,))
+    ours, theirs = tensors(*shapes), tensors(*shapes)
+    exchanged = CruxyOptimizer(ours, lr=1e-2, backend="native", **settings)
+    written = CruxyOptimizer(theirs, lr=1e-2, backend="native", **settings)
+    held, alive = [], []
+    for turn in range(9):
+        step(exchanged, turn)
+        step(written, turn)
+        if turn == 4:
+            held = REACHES[reach](exchanged)
+        if turn == 6:
+            if reach == "state_dict" and change == "another tensor":
+                held = list(exchanged.state.values())  # the lists of a state dict are its own
+            alive = [t.detach() for state in held for t in state.values()]  # a fault shall differ, not crash
+            for state, other in zip(held, written.state.values(), strict=True):
+                CHANGES[change](state, "exp_avg")
+                other["exp_avg"].zero_()
+    assert alive
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(exchanged.state[p]["exp_avg"], written.state[q]["exp_avg"])
+
+
+@needs_native
+def test_a_loaded_state_is_nobody_elses(settings):
+    """Whoever still holds what was loaded, or what was there before, cannot change the run with it."""
+    ours, theirs = tensors((70, 3)), tensors((70, 3))
+    source, plain = (CruxyOptimizer(p, lr=1e-2, backend="native", **settings) for p in (ours, theirs))
+    step(source, 0)
+    step(plain, 0)
+    loaded = CruxyOptimizer(ours, lr=1e-2, backend="native", **settings)
+    before, saved = loaded.state, source.state_dict()
+    loaded.load_state_dict(saved)
+    for turn in range(1, 6):
+        step(loaded, turn)
+        step(plain, turn)
+        for state in (*before.values(), *saved["state"].values()):
+            state["exp_avg"].zero_()
+            state["exp_avg"].data = torch.ones_like(state["exp_avg"])
+    assert torch.equal(ours[0], theirs[0])
+
+
+@needs_native
+@pytest.mark.parametrize("which", ["param", "grad"])
+def test_parameters_and_gradients_that_move_are_followed(settings, which):
+    params, still = tensors((70, 3), (4,)), tensors((70, 3), (4,))
+    moving = CruxyOptimizer(params, lr=1e-2, backend="native", **settings)
+    plain = CruxyOptimizer(still, lr=1e-2, backend="native", **settings)
+    for p, q in zip(params, still, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    for turn in range(8):
+        for p in params:
+            moved = p if which == "param" else p.grad
+            if turn > 3:
+                old = moved.data
+                moved.data = moved.data.clone()
+                old.fill_(float("nan"))  # where the step of before would read
+        moving.step(loss=1.0)
+        plain.step(loss=1.0)
+    assert all(torch.equal(p, q) for p, q in zip(params, still, strict=True))
+
+
+# -- many small ones -------------------------------------------------------------------------------------------
 
 
 def operators(optimizer, only=None):
@@ -365,3 +461,60 @@ def test_a_tensor_that_leaves_and_comes_back():
     optimizer.param_groups[0]["params"].append(away)
     step(optimizer, 4)
     assert ages(optimizer) == [5, 4]
+
+
+# -- tensors that change where they lie -------------------------------------------------------------------------------
+
+
+def shorter(p, optimizer):
+    p.data = p.data[:4]
+    p.grad = p.grad.new_ones(8, 8)[:4]
+
+
+def transposed(p, optimizer):
+    p.data = p.data.t()
+    p.grad = torch.ones(8, 8)
+
+
+def transposed_gradient(p, optimizer):
+    p.grad.data = p.grad.data.t()
+
+
+def one_element_gradient(p, optimizer):
+    p.grad.data = p.grad.data.view(-1)[:1]
+
+
+def resized_gradient(p, optimizer):
+    p.grad.resize_(10)
+
+
+def resized_state(p, optimizer):
+    optimizer.state[p]["exp_avg"].resize_(10)
+
+
+@pytest.mark.parametrize(
+    "change", [shorter, transposed, transposed_gradient, one_element_gradient, resized_gradient, resized_state]
+)
+def test_what_changes_its_shape_in_place_is_looked_at_anew(change, settings):
+    """The step after the change is PyTorch's, or refused as there; nothing beside the tensors is read or written."""
+
+    def outcome(backend):
+        torch.manual_seed(3)
+        p = torch.nn.Parameter(torch.randn(8, 8))
+        optimizer = CruxyOptimizer([p], lr=1e-2, backend=backend, **settings)
+        for _ in range(3):
+            p.grad = torch.randn(8, 8)
+            optimizer.step(loss=1.0)
+        before = p.data
+        change(p, optimizer)
+        try:
+            optimizer.step(loss=1.0)
+        except (ValueError, RuntimeError, TypeError) as error:
+            return type(error), str(error)
+        return before, optimizer.metrics()["grad_norm"]
+
+    found, expected = outcome("native"), outcome("torch")
+    if isinstance(expected[0], type):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected)

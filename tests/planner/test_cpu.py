@@ -172,14 +172,17 @@ SIZES = {name: getattr(BASE, name) for name in (
 GPT2 = {"vocab_size": 4000, "n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 1024} | dict.fromkeys(
     ("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0
 )
-UNKNOWN = [("gemma3_text", OPEN), ("phi3", FUSED), ("smollm3", OPEN), ("gpt2", OPEN), ("granite", FUSED)]
+MPT = {"vocab_size": 4000, "d_model": 256, "n_heads": 8, "n_layers": 6, "max_seq_len": 1024, "attn_config": {}}
+UNKNOWN = [
+    ("gemma3_text", OPEN), ("phi3", FUSED), ("smollm3", OPEN), ("gpt2", OPEN), ("granite", FUSED), ("mpt", OPEN),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model_type", "settings"), UNKNOWN, ids=[name for name, _ in UNKNOWN])
 def test_a_type_that_is_none_of_the_families(model_type, settings):
     """Its footprint is a trace: fused projections, sliding windows, layers without positions, Conv1D."""
     torch.manual_seed(0)
-    config = GPT2 if model_type == "gpt2" else {**SIZES, "num_hidden_layers": 6}
+    config = {"gpt2": GPT2, "mpt": MPT}.get(model_type, {**SIZES, "num_hidden_layers": 6})
     shape = shape_from_config({"model_type": model_type, **config})
     assert shape.learned is not None
     step = cpu_step(shape, settings, seq=128)

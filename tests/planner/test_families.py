@@ -63,6 +63,7 @@ def test_a_family_is_one_entry_of_data(model_type, precision, attention, monkeyp
         (config("paligemma", text_config={}, vision_config={}), "several parts .text_config, vision_config"),
         (config("llava", text_config=config("llama"), vision_config={}), "causal language models of text alone"),
         (config("llama", vision_config={"hidden_size": 64}), "several parts .vision_config"),
+        ({"model_type": "musicgen", "audio_encoder": {"model_type": "encodec"}}, "several parts .audio_encoder"),
         ({"model_type": "t5"}, "no causal language model"),
         ({"model_type": "vit"}, "no causal language model"),
         (config("lama"), "has no model_type 'lama'"),
@@ -74,6 +75,54 @@ def test_what_finetune_would_not_load(values, said):
     """The criterion is AutoModelForCausalLM's own."""
     with pytest.raises(UserError, match=said):
         shape_from_config(values)
+
+
+def test_several_parts_are_those_that_transformers_gives_more_than_text(monkeypatch):
+    """Nested settings alone (attn_config, per_layer_config, ...) make no model of several parts."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
+
+    beside_text = {
+        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        *auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
+        "moshi",  # speech; transformers has no list of those
+        "gemma4_unified_assistant",  # drafts for a model of several parts, of whose config it is made
+    }
+    monkeypatch.setattr("cruxy_triton.planner.models._learned", lambda *given: None)
+    nested = []
+    for model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if model_type in FAMILIES:
+            continue
+        try:
+            values = AutoConfig.for_model(model_type).to_dict()
+        except Exception:  # a type whose own defaults contradict each other
+            continue
+        if any(isinstance(value, dict) and key.endswith("_config") for key, value in values.items()):
+            nested.append(model_type)
+        try:
+            shape_from_config(values)
+        except UserError as error:
+            assert "several parts" in str(error)
+            assert model_type in beside_text
+        else:
+            assert model_type not in beside_text
+    assert {"mpt", "dbrx", "gemma3"} <= set(nested)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}), ("gemma4_text", {"num_hidden_layers": 2, "head_dim": 32})],
+)
+def test_a_text_model_with_nested_settings_has_a_plan(model_type, changes):
+    transformers = pytest.importorskip("transformers")
+    small = {**SIZES, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 4000}
+    given = {**({"vocab_size": 4000} if model_type == "mpt" else small), **changes}
+    built = transformers.AutoConfig.for_model(model_type, **given)
+    found = plan(built.to_dict(), Card.cpu("1GiB"), max_seq_length=64, batch_size=1, alternatives=False)
+    with torch.device("meta"):
+        assert found.parameters == transformers.AutoModelForCausalLM.from_config(built).num_parameters()
+    assert found.fits
 
 
 def test_a_model_whose_step_cannot_be_followed_says_so():

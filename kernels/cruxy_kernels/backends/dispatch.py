@@ -23,6 +23,7 @@ from .._triton import HAS_TRITON
 from ..codec import CODECS, PLAIN, Codec, scale_name
 from ..launch import launch, on_device
 from ..laws import layout as L
+from ..laws.clipping import TensorClip
 from ..laws.control import launch_control, launch_refresh, refresh, step_law
 from ..laws.telemetry import launch_telemetry
 from ..rules import RULES, Rule
@@ -137,9 +138,9 @@ def choose_for_update(
 
 
 def _choose_small(device: torch.device, backend: str | None) -> str:
-    """The backend of what native.cpp does not have: on a CPU nothing needs to be compiled for it."""
+    """The backend of what is small: on a CPU nothing is compiled for it alone."""
     if device.type == "cpu" and backend is None and not os.environ.get(VARIABLE):
-        return "torch"
+        return "native" if native.built() else "torch"
     return explain(device, backend)[0]
 
 
@@ -207,6 +208,7 @@ def control_step(
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
     log: Tensor | None = None,
+    clip: str | TensorClip | None = "global",
     backend: str | None = None,
 ) -> None:
     """One step of the per-step law, in place (white paper eq 2-7; docs/laws.md).
@@ -223,10 +225,13 @@ def control_step(
             gradients are those that were stored, divided by grad_scale.
         log: float32 (n, layout.NUM_SLOTS), same device: row 0 after the step is copied to log[(steps - 1) % n], steps
             counting those that were skipped.
+        clip: "global", as the law clips; None, not at all; a TensorClip, each tensor against its own history: it has
+            their factors then, and its history moves on unless the step is skipped. `telemetry` has the rows that
+            its spans say.
         backend: "triton", "native" or "torch".
 
     Raises:
-        ValueError: unknown law, or tensors of the wrong shape, dtype or device.
+        ValueError: unknown law or clipping, or tensors of the wrong shape, dtype or device.
     """
     if law not in L.LAWS:
         raise ValueError(f"unknown law {law!r}; expected one of {', '.join(L.LAWS)}")
@@ -242,10 +247,18 @@ def control_step(
         _check_device("log", log, device)
     _check_device("telemetry", telemetry, device)
     loss = _scalar("loss", loss, device)
+    if isinstance(clip, TensorClip):
+        telemetry = telemetry.reshape(-1, L.NUM_TELEMETRY)
+        _check_device("the history of clip", clip.history, device)
+        if len(telemetry) != clip.telemetry_rows:
+            raise ValueError(f"telemetry has {len(telemetry)} rows; clip expected {clip.telemetry_rows}")
+    elif clip not in ("global", None):
+        raise ValueError(f"clip is {clip!r}; expected 'global', None or a TensorClip")
     found_inf = _scalar("found_inf", found_inf, device)
     grad_scale = _scalar("grad_scale", grad_scale, device)
-    run = launch_control if _choose_small(device, backend) == "triton" else step_law
-    run(control, telemetry.contiguous(), loss, law, found_inf, grad_scale, log)
+    chosen = _choose_small(device, backend)
+    run = launch_control if chosen == "triton" else native.control if chosen == "native" else step_law
+    run(control, telemetry.contiguous(), loss, law, found_inf, grad_scale, log, clip)
 
 
 @torch.no_grad()
@@ -270,6 +283,8 @@ def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | N
     if value is None:
         return None
     _check_device(name, value, device)
+    if value.dtype == torch.float32 and not value.dim():
+        return value.detach() if value.requires_grad else value
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected one real number")
     return value.detach().reshape(()).to(torch.float32)
@@ -289,6 +304,7 @@ def update_(
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     lr_multipliers: Tensor | None = None,
+    grad_factors: Tensor | None = None,
     backend: str | None = None,
     **flags: bool,
 ) -> None:
@@ -307,6 +323,8 @@ def update_(
         rows: control row of each tensor; all in row 0 without it.
         ids: a number below 2^31 of each tensor, for the random bits of the rounding; its place in the list without.
         lr_multipliers: float32 (len(params),), scales the step of each tensor (not its weight decay).
+        grad_factors: float32 (len(params),), scales the gradient of each tensor before it enters its state, beside
+            GRAD_FACTOR of the control vector: `TensorClip.factors`.
         backend: "triton", "native" or "torch".
         flags: the rule's switches, for "adamw" `nesterov` and `decoupled`.
 
@@ -318,22 +336,21 @@ def update_(
     chosen_rule = RULES[rule]
     bits = chosen_rule.bits(flags)
     _check_control(control)
-    check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers)
+    check_update(chosen_rule, params, grads, state, len(control), rows, ids, lr_multipliers, grad_factors)
     if not params:
         return
-    for name, value in (("control", control), ("lr_multipliers", lr_multipliers)):
+    per_tensor = {"lr_multipliers": lr_multipliers, "grad_factors": grad_factors}
+    for name, value in ({"control": control} | per_tensor).items():
         if value is not None and value.device.type != params[0].device.type:
             raise ValueError(f"{name} is on {value.device} and params on {params[0].device}; move one to the other")
     chosen = choose_for_update(chosen_rule, params, grads, state, backend)
-    if lr_multipliers is not None:
-        lr_multipliers = lr_multipliers.contiguous()
+    multipliers, factors = (None if value is None else value.contiguous() for value in per_tensor.values())
     if chosen in ("triton", "native"):
         run = launch_update if chosen == "triton" else native.update
-        run(chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, bits)
+        run(chosen_rule, params, grads, state, control, rows, ids, multipliers, factors, bits)
     else:
-        pieces.update(
-            chosen_rule, params, grads, state, control, rows, ids, lr_multipliers, {**chosen_rule.flags, **flags}
-        )
+        named = {**chosen_rule.flags, **flags}
+        pieces.update(chosen_rule, params, grads, state, control, rows, ids, multipliers, factors, named)
 
 
 def lion_update_(
@@ -346,6 +363,7 @@ def lion_update_(
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     lr_multipliers: Tensor | None = None,
+    grad_factors: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Lion in place: `update_("lion", ...)` with its momentum as arguments (formula: rules/lion.py).
@@ -354,7 +372,10 @@ def lion_update_(
     `exp_avg_scales`.
     """
     state = {"exp_avg": exp_avgs} | ({} if exp_avg_scales is None else {scale_name("exp_avg"): exp_avg_scales})
-    update_("lion", params, grads, state, control, rows=rows, ids=ids, lr_multipliers=lr_multipliers, backend=backend)
+    update_(
+        "lion", params, grads, state, control, rows=rows, ids=ids, lr_multipliers=lr_multipliers,
+        grad_factors=grad_factors, backend=backend,
+    )  # fmt: skip
 
 
 def adamw_update_(
@@ -369,6 +390,7 @@ def adamw_update_(
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     lr_multipliers: Tensor | None = None,
+    grad_factors: Tensor | None = None,
     nesterov: bool = True,
     decoupled: bool = True,
     backend: str | None = None,
@@ -385,7 +407,7 @@ def adamw_update_(
             state[scale_name(name)] = scales
     update_(
         "adamw", params, grads, state, control, rows=rows, ids=ids, lr_multipliers=lr_multipliers,
-        nesterov=nesterov, decoupled=decoupled, backend=backend,
+        grad_factors=grad_factors, nesterov=nesterov, decoupled=decoupled, backend=backend,
     )  # fmt: skip
 
 
@@ -519,7 +541,8 @@ def check_update(
     num_rows: int,
     rows: Sequence[int] | None,
     ids: Sequence[int] | None,
-    lr_multipliers: Tensor | None,
+    lr_multipliers: Tensor | None = None,
+    grad_factors: Tensor | None = None,
 ) -> None:
     count = len(params)
     scales = {scale_name(name) for name in rule.state}
@@ -535,11 +558,9 @@ def check_update(
         raise ValueError(f"rows are {min(rows)} to {max(rows)}; control has {num_rows} rows, counted from 0")
     if ids is not None and count and not (min(ids) >= 0 and max(ids) < 1 << 31):
         raise ValueError(f"ids are {min(ids)} to {max(ids)}; expected numbers from 0 to below 2^31")
-    if lr_multipliers is not None and (lr_multipliers.dtype != torch.float32 or lr_multipliers.shape != (count,)):
-        raise ValueError(
-            f"lr_multipliers is {lr_multipliers.dtype} of shape {tuple(lr_multipliers.shape)}; "
-            f"expected float32 ({count},)"
-        )
+    for name, value in (("lr_multipliers", lr_multipliers), ("grad_factors", grad_factors)):
+        if value is not None and (value.dtype != torch.float32 or value.shape != (count,)):
+            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected float32 ({count},)")
     _check_floating("params", params)
     _check_floating("grads", grads)
     codecs = rule.codecs_of(state) if count else rule.codecs(32)

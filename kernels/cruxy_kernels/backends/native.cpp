@@ -1,4 +1,4 @@
-// The step's large loops for CPUs, compiled on first use (native.py): telemetry, Lion and AdamW.
+// The step for CPUs, compiled on first use (native.py): telemetry, the law, Lion and AdamW.
 //
 // The same arithmetic as the specifications in laws/ and rules/, in one pass over memory and over many tensors at
 // once. A row of the table (Row) holds the addresses of a tensor's parameter, gradient and state with their element
@@ -90,12 +90,14 @@ uint16_t float_to_bf16(float value) {
     return uint16_t(sign | (magnitude < 0x7F800000 ? nearest : special));
 }
 
-// fp16 by its bits and without a branch: compilers do not vectorise their own conversion everywhere.
+// fp16 by its bits and without a branch: compilers do not vectorise their own conversion everywhere. No fp32 in
+// between is subnormal: many processors are slow with those.
 float fp16_to_float(uint16_t bits) {
-    uint32_t magnitude = bits & 0x7FFF;
-    // As an fp32 of the same fields the value is 2^112 too small, whether it is normal or not.
-    uint32_t value = as_bits(as_float(magnitude << 13) * 0x1p112f);
+    uint32_t magnitude = bits & 0x7FFF, normal = (magnitude << 13) + (112u << 23);
+    // With one exponent more a subnormal has a leading one, 2^-14, which is taken off again.
+    uint32_t subnormal = as_bits(as_float(normal + (1u << 23)) - 0x1p-14f);
     uint32_t special = 0x7F800000 | (magnitude & 0x3FF) << 13;
+    uint32_t value = magnitude < 0x400 ? subnormal : normal;
     return as_float(uint32_t(bits & 0x8000) << 16 | (magnitude < 0x7C00 ? value : special));
 }
 
@@ -105,7 +107,8 @@ uint16_t float_to_fp16(float value) {
     // Adding a power of two leaves the bits that fp16 keeps, rounded to nearest even by the addition.
     uint32_t exponent = std::min<uint32_t>(std::max<uint32_t>(magnitude >> 23, 113), 143);
     float shift = as_float((exponent + 13) << 23), kept = (as_float(magnitude) + shift) - shift;
-    uint32_t half = as_bits(kept * 0x1p-112f) >> 13;
+    uint32_t normal = (as_bits(kept) >> 13) - (112u << 10), subnormal = as_bits(kept + 0.5f) - as_bits(0.5f);
+    uint32_t half = kept < 0x1p-14f ? subnormal : normal;
     half = magnitude >= 0x477FF000 ? 0x7C00 : half;  // 65520 and beyond round to infinity
     half = magnitude > 0x7F800000 ? 0x7E00 : half;
     return uint16_t(bits >> 16 & 0x8000) | uint16_t(half);
@@ -321,13 +324,15 @@ struct AdamW {
 };
 
 template <class Rule>
-void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int threads) {
+void update(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+            int threads) {
     auto pieces = cut(rows, tensors);
     parallel(pieces.size(), threads, [&](int64_t i) {
         const Piece& piece = pieces[i];
         const Row& row = rows[piece.tensor];
-        const Values& c = values[row.row];
+        Values c = values[row.row];
         if (c.skip != 0) return;
+        if (factors) c.factor *= factors[row.index];
         const float multiplier = multipliers ? multipliers[row.index] : 1.0f;
         float p[BLOCK], g[BLOCK], state[2][BLOCK];
         uint32_t random[BLOCK];
@@ -371,9 +376,185 @@ void statistics(const Row& row, const Piece& piece, float gamma, float* out) {
     }
 }
 
+// -- the law (laws/control.py) -------------------------------------------------------------------------------------
+// native.py puts laws/layout.py's numbers before this file, as namespace L.
+
+// As torch does it: NaN stays NaN.
+float clamp(float value, float low, float high) {
+    value = value < low ? low : value;
+    return value > high ? high : value;
+}
+
+// torch.lerp for weights of at least one half: a share `keep` of the old value stays.
+float ema(float value, float old, float keep) { return old - (old - value) * (1 - keep); }
+
+float one_minus_power(float beta, float t) { return -std::expm1(t * std::log(beta)); }
+
+struct Statistics {
+    float sum_pow, sum_sq, max_abs, nonfinite, norm, inverse;
+    const float* loss;  // null: none was given
+};
+
+void row_law(float* slot, const Statistics& s, int law, bool clip_global) {
+    const float INFINITE = std::numeric_limits<float>::infinity();
+    const float sum_pow = s.sum_pow * (s.inverse == 1 ? 1.0f : std::pow(s.inverse, slot[L::GAMMA]));
+    const float step = slot[L::STEP] + 1, age = slot[L::AGE] + 1, lr = slot[L::LR];
+    const bool guard = slot[L::GUARD] > 0, v1 = law == L::STABILITY_V1;
+
+    const float gamma_norm = std::pow(sum_pow, 1 / slot[L::GAMMA]);
+    float sigma = v1 ? s.sum_sq : gamma_norm;
+    const float level = slot[L::V_FAST] / (1 - std::pow(L::ALPHA_FAST, slot[L::STEP]));
+    const float limit = v1 ? L::OUTLIER_RATIO * L::OUTLIER_RATIO : L::OUTLIER_RATIO;
+    const bool outlier = guard && sigma > limit * level && level > 0;
+    const float outliers = outlier ? slot[L::OUTLIERS] + 1 : 0.0f;
+    if (outlier && outliers <= L::OUTLIER_PATIENCE) sigma = level;
+
+    float v_fast = ema(sigma, slot[L::V_FAST], L::ALPHA_FAST);
+    const float v_slow = ema(sigma, slot[L::V_SLOW], L::ALPHA_SLOW);
+    float* fast = slot + L::FAST_HISTORY;
+    std::memmove(fast + 1, fast, (L::FAST_HISTORY_LEN - 1) * sizeof(float));
+    fast[0] = v_fast;
+    if (!v1) {
+        float weighted = 0, weights = 0;
+        for (int k = 0; k < L::FAST_HISTORY_LEN; ++k) {
+            float weight = float(k) < step ? std::exp(-float(k) / L::HISTORY_DECAY) : 0.0f;
+            weighted += weight * fast[k];
+            weights += weight;
+        }
+        v_fast = v_fast + L::HISTORY_GAIN * (weighted / weights - v_fast);
+    }
+    float* meta = slot + L::META_HISTORY;
+    std::memmove(meta + 1, meta, (L::META_HISTORY_LEN - 1) * sizeof(float));
+    meta[0] = v_fast;
+
+    float curvature = slot[L::CURVATURE];
+    if (s.loss && slot[L::LOSS_SEEN] > 0)
+        curvature = ema((*s.loss - slot[L::PREV_LOSS]) / (slot[L::PREV_NORM] + L::EPS_RATIO), curvature,
+                        L::ALPHA_CURVATURE);
+
+    float phase = v_fast / (v_fast + v_slow + L::EPS_RATIO);
+    const float error = v_fast - v_slow, pd = L::KP * error + L::KD * (error - slot[L::ERROR]);
+    float scale = slot[L::LR_SCALE], cooldown = slot[L::COOLDOWN], trend = 0, warning = 0, warnings = slot[L::WARNINGS];
+    float lr_out, beta1_out, beta2_out, threshold;
+    if (v1) {
+        float throttle = phase > L::V1_PHASE_HIGH ? 1 - L::V1_DECAY * phase : 1.0f;
+        throttle = phase < L::V1_PHASE_LOW ? 1 + L::V1_RECOVERY * (1 - phase) : throttle;
+        lr_out = lr * throttle;
+        beta1_out = L::V1_BETA1;
+        beta2_out = slot[L::BETA2] * (1 + L::BETA2_GAIN * std::tanh(pd / L::V1_TAU));
+        beta2_out = clamp(beta2_out, L::V2_BETA2_MIN, L::V2_BETA2_MAX);
+        threshold = INFINITE;
+    } else {
+        beta1_out = slot[L::BETA1] * (1 + L::BETA1_GAIN * std::tanh((curvature - L::BETA1_CENTER) / L::BETA1_WIDTH));
+        beta1_out = clamp(beta1_out, L::V2_BETA1_MIN, L::V2_BETA1_MAX);
+        threshold = L::CLIP_BASE * (1 + L::CLIP_GAIN * std::sqrt(v_fast / (v_slow + L::EPS_RATIO)));
+        const float ratio = v_fast / (1 - std::pow(L::ALPHA_FAST, step)) /
+                            (v_slow / (1 - std::pow(L::ALPHA_SLOW, step)) + L::EPS_RATIO);
+        warning = (ratio > L::WARN_SURGE_RATIO ? L::WARN_SURGE : 0.0f) +
+                  (std::fabs(curvature) > L::WARN_CURVATURE_LEVEL ? L::WARN_CURVATURE : 0.0f);
+        const bool alarm = warning >= L::WARNING_LEVEL - 1e-6f;
+        warnings += alarm;
+        if (law == L::STABILITY_V2) {
+            phase = phase * (1 + L::V2_PHASE_CURVATURE * std::tanh(curvature));
+            const float temperature = error > 0   ? L::V2_TEMPERATURE_UP
+                                      : error < 0 ? L::V2_TEMPERATURE_DOWN
+                                                  : L::V2_TEMPERATURE_EQUAL;
+            beta2_out = slot[L::BETA2] * (1 + L::BETA2_GAIN * std::tanh(pd / temperature));
+            beta2_out = clamp(beta2_out, L::V2_BETA2_MIN, L::V2_BETA2_MAX);
+            scale = scale + (guard ? L::V2_RELAXATION : 0.0f) * (1 - scale);
+            if (phase > L::V2_PHASE_HIGH) scale *= std::exp(-L::V2_DECAY * (phase - L::V2_PHASE_HIGH));
+            if (phase < L::V2_PHASE_LOW) scale *= 1 + L::V2_RECOVERY * (L::V2_PHASE_HIGH - phase);
+            const bool emergency = alarm && guard && slot[L::SCALE_MAX] < INFINITE && cooldown <= 0;
+            if (emergency) {
+                scale *= L::EMERGENCY_SCALE;
+                beta2_out = std::min(beta2_out + L::EMERGENCY_BETA2, L::V2_BETA2_MAX);
+            }
+            cooldown = emergency ? slot[L::META_INTERVAL] : std::max(cooldown - 1, 0.0f);
+            scale = clamp(scale, slot[L::SCALE_MIN], slot[L::SCALE_MAX]);
+            lr_out = lr * scale;
+        } else {
+            lr_out = lr * scale * (1 - L::PHASE_THROTTLE * phase);
+            lr_out = lr > 0 ? clamp(lr_out, slot[L::LR_MIN], slot[L::LR_MAX]) : lr_out;
+            beta2_out = clamp(slot[L::META_BETA2] * (1 - L::PHASE_BETA2 * phase), L::META_BETA2_MIN, L::META_BETA2_MAX);
+            float sum = 0;
+            for (int k = 0; k < L::META_HISTORY_LEN; ++k) sum += meta[k];
+            const float reference = sum / std::min(step, float(L::META_HISTORY_LEN));
+            const bool due = std::fmod(step + slot[L::SKIPPED], slot[L::META_INTERVAL]) == 0 && step >= 2;
+            trend = due ? std::tanh((v_fast - reference) / (reference + L::META_EPS)) : 0.0f;
+        }
+    }
+    if (!clip_global) threshold = INFINITE;
+    const float clip = clamp(threshold / (s.norm + L::CLIP_EPS), -INFINITE, 1);
+
+    slot[L::STEP] = step;
+    slot[L::AGE] = age;
+    slot[L::V_FAST] = v_fast;
+    slot[L::V_SLOW] = v_slow;
+    slot[L::CURVATURE] = curvature;
+    slot[L::PREV_LOSS] = s.loss ? *s.loss : slot[L::PREV_LOSS];
+    slot[L::PREV_NORM] = s.norm;
+    slot[L::LOSS_SEEN] = s.loss != nullptr;
+    slot[L::ERROR] = error;
+    slot[L::LR_SCALE] = scale;
+    slot[L::OUTLIERS] = outliers;
+    slot[L::WARNINGS] = warnings;
+    slot[L::COOLDOWN] = cooldown;
+    slot[L::TREND] = trend;
+    slot[L::LR_OUT] = lr_out;
+    slot[L::BETA1_OUT] = beta1_out;
+    slot[L::BETA2_OUT] = beta2_out;
+    slot[L::CLIP_THRESHOLD] = threshold;
+    slot[L::CLIP_COEF] = clip;
+    slot[L::PHASE] = phase;
+    slot[L::GAMMA_NORM] = gamma_norm;
+    slot[L::MAX_GRAD] = s.max_abs;
+    slot[L::WARNING] = warning;
+    slot[L::BIAS_CORRECTION1] = one_minus_power(beta1_out, age);
+    slot[L::BIAS_CORRECTION2_SQRT] = std::sqrt(one_minus_power(beta2_out, age));
+    slot[L::LOSS] = s.loss ? *s.loss : std::numeric_limits<float>::quiet_NaN();
+    slot[L::GRAD_FACTOR] = clip * ((1 - 2 * slot[L::MAXIMIZE]) * s.inverse);
+}
+
 }  // namespace
 
 extern "C" {
+
+// control: float (rows, L::NUM_SLOTS). telemetry: float (parts, 4). loss, found_inf, grad_scale: null or one float.
+// log: null or float (log_length, L::NUM_SLOTS). law: layout.py's number of it. clip_global: whether
+// the norm of all gradients together is limited.
+void control_law(float* control, int64_t rows, const float* telemetry, int64_t parts, const float* loss,
+                 const float* found_inf, const float* grad_scale, float* log, int64_t log_length, int law,
+                 int clip_global) {
+    double total[4] = {};
+    for (int64_t i = 0; i < parts; ++i) {
+        const float* part = telemetry + 4 * i;
+        for (int k : {0, 1, 3}) total[k] += part[k];
+        total[2] = std::max<double>(total[2], part[2]);
+    }
+    const float inverse = grad_scale ? 1 / *grad_scale : 1.0f;
+    Statistics s = {float(total[0]), float(total[1]) * (inverse * inverse), float(total[2]) * inverse,
+                    float(total[3]), 0, inverse, loss};
+    s.norm = std::sqrt(s.sum_sq);
+    const float LARGEST = std::numeric_limits<float>::max();
+    bool good = !(s.nonfinite > 0) && (!loss || std::fabs(*loss) <= LARGEST) && !(found_inf && *found_inf > 0);
+    for (int64_t row = 0; row < rows; ++row) {
+        const float power = inverse == 1 ? 1.0f : std::pow(inverse, control[row * L::NUM_SLOTS + L::GAMMA]);
+        good = good && s.sum_pow * power + s.sum_sq <= LARGEST;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        float* slot = control + row * L::NUM_SLOTS;
+        if (good) row_law(slot, s, law, clip_global);
+        slot[L::SKIPPED] += !good;
+        slot[L::SKIP] = !good;
+        slot[L::TREND] = good ? slot[L::TREND] : 0.0f;
+        slot[L::GRAD_NORM] = s.norm;
+        slot[L::NONFINITE] = s.nonfinite;
+    }
+    if (log && rows) {
+        const int64_t turn = int64_t(control[L::STEP] + control[L::SKIPPED]) - 1;
+        std::memcpy(log + (turn % log_length) * L::NUM_SLOTS, control, L::NUM_SLOTS * sizeof(float));
+    }
+}
 
 // totals: float (tensors, 4) when per_tensor, else (1, 4).
 void telemetry(const Row* rows, int64_t tensors, float gamma, int per_tensor, float* totals, int threads) {
@@ -396,14 +577,17 @@ void telemetry(const Row* rows, int64_t tensors, float gamma, int per_tensor, fl
     for (size_t i = 0; i < sums.size(); ++i) totals[i] = float(sums[i]);
 }
 
-// values: one for each control row. multipliers: float, by Row::index, or null. flags: the rule's, as rules/ has them.
-void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int, int threads) {
-    update<Lion>(rows, tensors, values, multipliers, threads);
+// values: one for each control row. multipliers (of the step) and factors (of the gradient): float, by Row::index, or
+// null. flags: the rule's, as rules/ has them.
+void lion(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors, int,
+          int threads) {
+    update<Lion>(rows, tensors, values, multipliers, factors, threads);
 }
 
-void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, int flags, int threads) {
+void adamw(const Row* rows, int64_t tensors, const Values* values, const float* multipliers, const float* factors,
+           int flags, int threads) {
     auto run = flags & 1 ? (flags & 2 ? update<AdamW<true, true>> : update<AdamW<true, false>>)
                          : (flags & 2 ? update<AdamW<false, true>> : update<AdamW<false, false>>);
-    run(rows, tensors, values, multipliers, threads);
+    run(rows, tensors, values, multipliers, factors, threads);
 }
 }

@@ -1,8 +1,8 @@
 """The step's large loops on a CPU, compiled from native.cpp on first use: one pass over memory for many tensors.
 
-PyTorch operators (pieces.py) read and write every buffer a dozen times; a fused loop does it once. A C++ compiler
-is needed (CXX, g++ or clang++); without one `library()` says why, and dispatch.py tells. Serves fp32, fp16 and
-bfloat16 on the CPU; what else a step needs (control law, codec) is small.
+PyTorch operators (pieces.py) read and write every buffer a dozen times; a fused loop does it once, and the law, a
+hundred operators on a few numbers, takes microseconds. A C++ compiler is needed (CXX, g++ or clang++); without one
+`library()` says why, and dispatch.py tells. Serves fp32, fp16 and bfloat16 on the CPU.
 
 The shared object lies in $CRUXY_CACHE, or cruxy-triton in the user's cache folder, under a name that depends on
 source, compiler, flags and processor. $CRUXY_NATIVE_FLAGS are more flags for the compiler (sanitizers, say).
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..codec import Codec, scale_name
 from ..laws import layout as L
+from ..laws.clipping import TensorClip, tensor_law
 from ..rules import Rule
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -55,9 +56,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     flag = ctypes.c_int
     loaded.telemetry.argtypes = [pointer, integer, real, flag, pointer, flag]
+    loaded.control_law.argtypes = [pointer, integer, pointer, integer, *[pointer] * 4, integer, flag, flag]
     for name in RULES_SERVED:
-        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, flag, flag]
-    for name in ("telemetry", *RULES_SERVED):
+        getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, pointer, flag, flag]
+    for name in ("telemetry", "control_law", *RULES_SERVED):
         getattr(loaded, name).restype = None
     return loaded, f"loops compiled by {version}"
 
@@ -85,8 +87,19 @@ def _target(compiler: str) -> tuple[Path, str]:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout.partition("\n")[0]
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(_flags()).encode(), version.encode(), _processor()]))
+    parts = [_source(), " ".join(_flags()), version]
+    key = hashlib.sha256(b"\0".join([*[part.encode() for part in parts], _processor()]))
     return _build_folder() / f"native-{key.hexdigest()[:20]}.so", version
+
+
+def _source() -> str:
+    """native.cpp behind the numbers of layout.py, as namespace L."""
+    numbers = {name: value for name, value in vars(L).items() if name.isupper() and isinstance(value, (int, float))}
+    lines = [
+        f"constexpr int {name} = {value};" if isinstance(value, int) else f"constexpr float {name} = {value!r}f;"
+        for name, value in numbers.items()
+    ]
+    return "\n".join(["namespace L {", *lines, "}", f'#line 1 "{SOURCE.name}"', SOURCE.read_text()])
 
 
 def _processor() -> bytes:
@@ -121,7 +134,9 @@ def _compile(compiler: str, path: Path) -> None:
     """Compiles in a folder of its own and moves the result into place, so that processes may race and be stopped."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, path.name)
-        command = [compiler, *_flags(), "-o", str(built), str(SOURCE)]
+        source = Path(folder, SOURCE.name)
+        source.write_text(_source())
+        command = [compiler, *_flags(), "-o", str(built), str(source)]
         run = functools.partial(
             subprocess.run, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS,
             env={**os.environ, "TMPDIR": folder},
@@ -196,14 +211,43 @@ def run_telemetry(table: Tensor, gamma: float, per_tensor: bool = False) -> Tens
     return out if per_tensor else out[0]
 
 
-def run_update(rule: Rule, table: Tensor, control: Tensor, lr_multipliers: Tensor | None, flags: int) -> None:
+def run_update(
+    rule: Rule,
+    table: Tensor,
+    control: Tensor,
+    lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
+    flags: int,
+) -> None:
     """The rule over a table; `flags` is `Rule.bits`."""
     # native.cpp's Values of each control row.
     values = control[:, [L.SKIP, L.GRAD_FACTOR, L.LR_OUT, L.WEIGHT_DECAY, L.BETA1_OUT, L.BETA2_OUT, L.EPS,
                          L.BIAS_CORRECTION1, L.BIAS_CORRECTION2_SQRT, L.STEP, L.SEED]]  # fmt: skip
-    factors = None if lr_multipliers is None else lr_multipliers.data_ptr()
+    multipliers, factors = (None if v is None else v.data_ptr() for v in (lr_multipliers, grad_factors))
     threads = torch.get_num_threads()
-    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), factors, flags, threads)
+    getattr(_loops(), rule.name)(table.data_ptr(), len(table), values.data_ptr(), multipliers, factors, flags, threads)
+
+
+def control(
+    control: Tensor,
+    telemetry: Tensor,
+    loss: Tensor | None,
+    law: str,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    log: Tensor | None = None,
+    clip: str | TensorClip | None = "global",
+) -> None:
+    """`dispatch.control_step`, with arguments that it has checked."""
+    numbers = [None if value is None else value.data_ptr() for value in (loss, found_inf, grad_scale, log)]
+    parts, length = telemetry.numel() // L.NUM_TELEMETRY, 0 if log is None else log.shape[0]
+    _loops().control_law(
+        control.data_ptr(), control.shape[0], telemetry.data_ptr(), parts, *numbers, length, L.LAWS[law],
+        clip == "global",
+    )  # fmt: skip
+    if isinstance(clip, TensorClip):
+        inverse = 1.0 if grad_scale is None else grad_scale.reciprocal()
+        tensor_law(clip, telemetry, control[0, L.GRAD_NORM], inverse, control[0, L.SKIP] > 0)
 
 
 def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:
@@ -221,6 +265,7 @@ def update(
     rows: Sequence[int] | None,
     ids: Sequence[int] | None,
     lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
     flags: int,
 ) -> None:
     """`dispatch.update_`, with arguments that it has checked and `obstacle` has let pass."""
@@ -229,7 +274,7 @@ def update(
     states, scales = [here[name] for name in rule.state], [here.get(scale_name(name)) for name in rule.state]
     grads = [g.contiguous() for g in grads]
     table = table_of(here[""], grads, states, scales, rows, ids, rule.codecs_of(state))
-    run_update(rule, table, control, lr_multipliers, flags)
+    run_update(rule, table, control, lr_multipliers, grad_factors, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):
             if copy is not tensor:

@@ -58,6 +58,12 @@ class Piece:
         copy_all(self.views(flat, unit), self.select(tensors, unit))
         return flat
 
+    def spread(self, values: Tensor, indices: Sequence[int]) -> Tensor:
+        """One value per tensor, of a list in which they stand at `indices`, as one per element of a buffer."""
+        chosen = values[[indices[i] for i in self.indices]]
+        sizes = torch.tensor(self.sizes, device=values.device)
+        return torch.repeat_interleave(chosen, sizes, output_size=self.numel)
+
     def store(self, tensors: Sequence[Tensor], flat: Tensor, unit: int = 1) -> None:
         copy_all(self.select(tensors, unit), self.views(flat, unit))
 
@@ -129,6 +135,7 @@ def update(
     rows: Sequence[int] | None,
     ids: Sequence[int] | None,
     lr_multipliers: Tensor | None,
+    grad_factors: Tensor | None,
     flags: Mapping[str, bool],
 ) -> None:
     """`dispatch.update_`, with arguments that it has checked; a launch per row, dtype pair and device."""
@@ -156,12 +163,12 @@ def update(
                 codes = piece.load(s[name], codec.dtype, codec.packed)
                 kept.append((codes, piece.load(s[scale_name(name)], torch.bfloat16, BLOCK)))
                 old.append(codec.decode_blocks(codes.view(-1, BLOCK // codec.packed), kept[-1][1]).view(-1))
-            multiplier = 1.0
-            if lr_multipliers is not None:
-                factors = lr_multipliers.to(p[0].device)[[indices[i] for i in piece.indices]]
-                sizes = torch.tensor(piece.sizes, device=factors.device)
-                multiplier = torch.repeat_interleave(factors, sizes, output_size=piece.numel)
-            new_p, *new = rule.specification(old_p, piece.load(g, dtype) * c.factor, *old, c, multiplier, **flags)
+            multiplier, factor = (
+                1.0 if values is None else piece.spread(values.to(p[0].device), indices)
+                for values in (lr_multipliers, grad_factors)
+            )
+            new_g = piece.load(g, dtype) * c.factor * factor
+            new_p, *new = rule.specification(old_p, new_g, *old, c, multiplier, **flags)
             new_p = torch.where(c.skip, old_p, new_p)
             random = None
             if p[0].dtype in (torch.float16, torch.bfloat16) or any(codec.random for codec in codecs):

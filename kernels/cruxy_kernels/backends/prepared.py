@@ -6,6 +6,7 @@ change, and whoever holds it must make it anew when anything else does (addresse
 strides, rows). It holds no gradient.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..codec import scale_name
 from ..launch import batches, on_device
-from ..laws.telemetry import launch_partials
+from ..laws.telemetry import Runs, launch_partials
 from ..rules import RULES
 from ..tables import GRAD, build
 from ..update import columns_of, launch_batch
@@ -49,8 +50,9 @@ class PreparedUpdate:
         served = choose_for_update(self.rule, params, grads, state, backend)
         self.usable = served != "torch" and all([t.is_contiguous() for t in tensors])
         self._table: Tensor | None = None
+        self._kept_runs: list[Runs] | None = None
         if self.usable:  # the plain calls check what they are given
-            check_update(self.rule, params, grads, state, num_rows, rows, ids, None)
+            check_update(self.rule, params, grads, state, num_rows, rows, ids)
         if self.usable and served == "triton":
             columns = columns_of(self.rule, params, grads, state)
             self._batches = list(batches(columns, rows, ids, make_table=build))
@@ -63,7 +65,7 @@ class PreparedUpdate:
 
     def set_grads(self, addresses: Sequence[int]) -> None:
         """Where the gradients lie now (`data_ptr`); their shapes, dtypes, strides and device are the same."""
-        column = torch.tensor(addresses, dtype=torch.int64)
+        column = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # a tenth of torch.tensor's time
         if self._table is not None:
             self._table[:, native.GRAD] = column
             return
@@ -71,19 +73,41 @@ class PreparedUpdate:
             whole = len(batch.indices) == len(column)
             batch.table.set_grads(column if whole else column[batch.indices])
 
-    def telemetry(self, gamma: float) -> Tensor:
-        """float32 (n, 4): `gradient_telemetry(grads, partial=True)`."""
+    def telemetry(self, gamma: float, *, by_tensor: bool = False) -> Tensor:
+        """float32 (n, 4): `gradient_telemetry(grads, partial=True)`; `by_tensor`: the rows are those of `spans`."""
         if self._table is not None:
-            return native.run_telemetry(self._table, gamma)[None]
+            rows = native.run_telemetry(self._table, gamma, per_tensor=by_tensor)
+            return rows if by_tensor else rows[None]
+        runs = self._runs() if by_tensor else [None] * len(self._batches)
         with on_device(self._batches[0].device):
-            parts = [launch_partials(batch.table, batch.types[GRAD], gamma) for batch in self._batches]
+            parts = [
+                launch_partials(batch.table, batch.types[GRAD], gamma, run)
+                for batch, run in zip(self._batches, runs, strict=True)
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def update(self, control: Tensor, lr_multipliers: Tensor | None = None) -> None:
-        """`update_`; `control` and `lr_multipliers`, contiguous float32, are on the parameters' device."""
+    def spans(self) -> Tensor | None:
+        """int32 (tensors, 2) on the CPU: the rows of `telemetry(by_tensor=True)` that are each tensor's, as
+        `TensorClip` takes them; None: row i is tensor i."""
         if self._table is not None:
-            native.run_update(self.rule, self._table, control, lr_multipliers, self._flags)
+            return None
+        spans = torch.empty((sum([len(batch.indices) for batch in self._batches]), 2), dtype=torch.int32)
+        rows = 0
+        for batch, run in zip(self._batches, self._runs(), strict=True):
+            spans[batch.indices] = run.spans + torch.tensor([rows, 0], dtype=torch.int32)
+            rows += len(run.bounds) - 1
+        return spans
+
+    def _runs(self) -> list[Runs]:
+        if self._kept_runs is None:
+            self._kept_runs = [Runs(batch.table) for batch in self._batches]
+        return self._kept_runs
+
+    def update(self, control: Tensor, lr_multipliers: Tensor | None = None, grad_factors: Tensor | None = None) -> None:
+        """`update_`; the arguments, contiguous float32, are on the parameters' device."""
+        if self._table is not None:
+            native.run_update(self.rule, self._table, control, lr_multipliers, grad_factors, self._flags)
             return
         with on_device(self._batches[0].device):
             for batch in self._batches:
-                launch_batch(self.rule, batch, self._codecs, control, lr_multipliers, self._flags)
+                launch_batch(self.rule, batch, self._codecs, control, lr_multipliers, grad_factors, self._flags)

@@ -33,16 +33,18 @@ def _telemetry() -> list[Variant]:
     table = {"entries": "*i64", "chunk_entry": "*i32", "chunk_index": "*i32"}
     found = [
         Variant(
-            f"telemetry {grad} gamma={'1.5' if exact else 'any'}",
+            f"telemetry {grad} gamma={'1.5' if exact else 'any'}{' by tensor' if by_tensor else ''}",
             telemetry_kernel,
-            table | {"chunks": "i32", "chunks_per_program": "i32", "gamma": "fp32", "partials": "*fp32"},
-            {"GRAD_TYPE": grad, "GAMMA_IS_1_5": exact, "LINES": T.CHUNK // 8, "LAYOUT": T.KEY},
-            aligned=(*table, "partials"),
+            table
+            | {"chunks": "i32", "chunks_per_program": "i32", "gamma": "fp32", "partials": "*fp32", "bounds": "*i32"},
+            {"GRAD_TYPE": grad, "GAMMA_IS_1_5": exact, "BY_TENSOR": by_tensor, "LINES": T.CHUNK // 8, "LAYOUT": T.KEY},
+            aligned=(*table, "partials", "bounds"),
             wide_loads=wide(grad),
             bytes_moved=BYTES[grad] + MAP_BYTES,
             floor=BYTES[grad],
         )
-        for grad, exact in product(BYTES, (True, False))
+        for by_tensor, grad, exact in product((False, True), BYTES, (True, False))
+        if exact or not by_tensor
     ]
     sums = {"PARTIALS": PARTIALS_AT_ONCE}
     found.append(
@@ -58,9 +60,9 @@ def _telemetry() -> list[Variant]:
         Variant(
             "telemetry per tensor",
             tensor_kernel,
-            {"partials": "*fp32", "entries": "*i64", "totals": "*fp32"},
-            sums | {"CHUNK": T.CHUNK, "LAYOUT": T.KEY},
-            aligned=("partials", "entries", "totals"),
+            {"partials": "*fp32", "spans": "*i32", "totals": "*fp32"},
+            sums,
+            aligned=("partials", "spans", "totals"),
         )
     )
     return found
@@ -77,15 +79,18 @@ def _control() -> list[Variant]:
         {"HAS_LOG": True, "LAYOUT": L.KEY},
         aligned=("control", "log"),
     )
+    clip = {"history": "*fp32", "index": "*i32", "spans": "*i32", "factors": "*fp32"}
     laws = [
         Variant(
-            f"control {law}",
+            f"control {law}{' by tensor' if tensors else ''}",
             control_kernel,
-            {"control": "*fp32", "telemetry": "*fp32", "partials": "i32"} | scalars,
-            {"LAW": number, "LAYOUT": L.KEY, "PARTIALS": PARTIALS_AT_ONCE} | given,
-            aligned=("control", "telemetry", "log"),
+            {"control": "*fp32", "telemetry": "*fp32", "partials": "i32"} | scalars | {"rows": "i32"} | clip,
+            {"LAW": number, "CLIP_GLOBAL": not tensors, "CLIP_TENSORS": tensors, "HAS_SPANS": tensors}
+            | {"LAYOUT": L.KEY, "PARTIALS": PARTIALS_AT_ONCE}
+            | given,
+            aligned=("control", "telemetry", "log", *clip),
         )
-        for law, number in L.LAWS.items()
+        for tensors, (law, number) in product((False, True), L.LAWS.items())
     ]
     return [*laws, refresh]
 
@@ -93,24 +98,28 @@ def _control() -> list[Variant]:
 def _updates() -> list[Variant]:
     found = []
     arguments = {"entries": "*i64", "chunk_entry": "*i32", "chunk_index": "*i32", "control": "*fp32"}
-    arguments |= {"lr_multipliers": "*fp32"}
+    arguments |= {"lr_multipliers": "*fp32", "grad_factors": "*fp32"}
     for rule in RULES.values():
         floats = [T.ELEMENT_TYPES[dtype] for dtype in rule.storage]
         kept = [(name, rule.codecs(32), len(rule.state) * BYTES[name]) for name in floats]
         for bits in [bits for bits in rule.state_bits if bits != 32]:
             codecs = rule.codecs(bits)
             kept.append((f"int{bits}", codecs, sum(codec.bytes_per_value for codec in codecs)))
-        for (param, grad), (state, codecs, size), flags in product(PAIRS, kept, _flag_sets(len(rule.flags))):
+        choices = product((False, True), PAIRS, kept, _flag_sets(len(rule.flags)))
+        for factors, (param, grad), (state, codecs, size), flags in choices:
+            if factors and (param != grad or flags != _flag_sets(len(rule.flags))[0]):
+                continue  # one value per program more: what it costs shows in the others
             if state in ("fp16", "bf16") and (param != state or grad != state):
                 continue  # 16-bit momentum is for parameters of its own kind
             given = [name for i, name in enumerate(rule.flags) if flags >> i & 1]
             moved = 2 * BYTES[param] + BYTES[grad] + 2 * size
             found.append(
                 Variant(
-                    " ".join([rule.name, f"{param}/{grad}", f"state {state}", *given]),
+                    " ".join([*["clipped"] * factors, rule.name, f"{param}/{grad}", f"state {state}", *given]),
                     update_kernel,
                     arguments,
-                    constants(rule, codecs, flags, param, grad, state) | {"HAS_MULTIPLIERS": True},
+                    constants(rule, codecs, flags, param, grad, state)
+                    | {"HAS_MULTIPLIERS": True, "HAS_FACTORS": factors},
                     aligned=tuple(arguments),
                     wide_loads=wide(param, grad),
                     wide_stores=wide(param),

@@ -3,10 +3,11 @@
 docs/laws.md has the equations, layout.py the slots and constants. `step_law` is the specification; the Triton kernel
 behind it does the same in one program per row, after adding the telemetry's partial sums in a fixed order, and the
 host reads nothing of it. There tanh, log and expm1 are built from exp and sqrt, because libdevice has no
-interpreter; their errors stand beside them.
+interpreter; their errors stand beside them. backends/native.cpp has the law once more, for the CPU.
 
 The gradients are those that were stored, multiplied by a GradScaler's factor where there is one: it is taken out
-here, once, of the statistics and of GRAD_FACTOR, by which the update multiplies every gradient.
+here, once, of the statistics and of GRAD_FACTOR, by which the update multiplies every gradient. Where every tensor is
+clipped by itself (clipping.py), programs behind those of the rows do that, after judging the step as those do.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -21,6 +22,7 @@ from torch import Tensor
 from .._triton import HAS_TRITON
 from ..launch import launch, on_device
 from . import layout as L
+from .clipping import TensorClip, tensor_law
 from .telemetry import PARTIALS_AT_ONCE, combine
 
 
@@ -131,11 +133,12 @@ def step_law(
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
     log: Tensor | None = None,
+    clip: str | TensorClip | None = "global",
 ) -> None:
     """The specification of `dispatch.control_step`, in place; same arguments."""
     slot = control[:, : L.FAST_HISTORY].unbind(1)
     sum_pow, sum_sq, max_abs, nonfinite = (telemetry if telemetry.dim() == 1 else combine(telemetry)).unbind(0)
-    gamma, factor = slot[L.GAMMA], 1 - 2 * slot[L.MAXIMIZE]
+    gamma, factor, inverse = slot[L.GAMMA], 1 - 2 * slot[L.MAXIMIZE], 1.0
     if grad_scale is not None:
         inverse = grad_scale.reshape(()).to(control).reciprocal()
         sum_pow, sum_sq, max_abs = sum_pow * inverse**gamma, sum_sq * inverse.square(), max_abs * inverse
@@ -227,7 +230,9 @@ def step_law(
             z = (v_fast - sigma_ref) / (sigma_ref + L.META_EPS)
             due = (torch.remainder(step + slot[L.SKIPPED], slot[L.META_INTERVAL]) == 0) & (step >= 2)
             trend = torch.tanh(z) * due
-    clip = (threshold / (norm + L.CLIP_EPS)).clamp(max=1.0)
+    if clip != "global":
+        threshold = torch.full_like(step, math.inf)
+    coefficient = (threshold / (norm + L.CLIP_EPS)).clamp(max=1.0)
     correction1, correction2_sqrt = bias_corrections(beta1_out, beta2_out, age)
 
     new = {
@@ -236,8 +241,8 @@ def step_law(
         L.LR_SCALE: scale, L.META_BETA2: meta_beta2, L.OUTLIERS: outliers, L.WARNINGS: warnings, L.COOLDOWN: cooldown,
         L.TREND: trend,
         L.LR_OUT: lr_out, L.BETA1_OUT: beta1_out, L.BETA2_OUT: beta2_out, L.CLIP_THRESHOLD: threshold,
-        L.CLIP_COEF: clip, L.PHASE: phase, L.GAMMA_NORM: gamma_norm, L.MAX_GRAD: max_abs, L.WARNING: warning,
-        L.BIAS_CORRECTION1: correction1, L.BIAS_CORRECTION2_SQRT: correction2_sqrt, L.GRAD_FACTOR: clip * factor,
+        L.CLIP_COEF: coefficient, L.PHASE: phase, L.GAMMA_NORM: gamma_norm, L.MAX_GRAD: max_abs, L.WARNING: warning,
+        L.BIAS_CORRECTION1: correction1, L.BIAS_CORRECTION2_SQRT: correction2_sqrt, L.GRAD_FACTOR: coefficient * factor,
         L.LOSS: torch.full_like(step, math.nan) if loss is None else loss,
     }  # fmt: skip
     zero = torch.zeros_like(step)
@@ -254,6 +259,8 @@ def step_law(
     control[:, L.TREND].mul_(~bad)
     control[:, L.GRAD_NORM].copy_(norm)
     control[:, L.NONFINITE].copy_(nonfinite)
+    if isinstance(clip, TensorClip):
+        tensor_law(clip, telemetry, norm, inverse, bad)
     if log is not None:
         write_log(control, log)
 
@@ -262,6 +269,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from .clipping import clip_tensor
     from .telemetry import sum_partials
 
     @triton.jit
@@ -319,46 +327,12 @@ if HAS_TRITON:
         if HAS_LOG:
             write_log_kernel(slots, log, log_length)
 
-    @triton.jit(
-        do_not_specialize=["partials", "log_length"],
-        do_not_specialize_on_alignment=["loss_pointer", "found_inf", "grad_scale"],
-    )
-    def control_kernel(
-        control,  # fp32 (rows, NUM_SLOTS)
-        telemetry,  # fp32 (partials, 4)
-        partials,
-        loss_pointer,  # fp32 (1,)
-        found_inf,  # fp32 (1,)
-        grad_scale,  # fp32 (1,)
-        log,  # fp32 (log_length, NUM_SLOTS)
-        log_length,
-        LAW: tl.constexpr,
-        HAS_LOSS: tl.constexpr,
-        HAS_FOUND_INF: tl.constexpr,
-        HAS_GRAD_SCALE: tl.constexpr,
-        HAS_LOG: tl.constexpr,
-        LAYOUT: tl.constexpr,
-        PARTIALS: tl.constexpr,
-    ):
-        slots = control + tl.program_id(0) * L.NUM_SLOTS
-        sum_pow, sum_sq, max_abs, nonfinite = sum_partials(telemetry, 0, partials, PARTIALS)
-        gamma = tl.load(slots + L.GAMMA)
-        factor = 1 - 2 * tl.load(slots + L.MAXIMIZE)
-        if HAS_GRAD_SCALE:
-            inverse = 1 / tl.load(grad_scale)
-            sum_pow = sum_pow * tl.exp2(gamma * tl.log2(inverse))
-            sum_sq = sum_sq * inverse * inverse
-            max_abs = max_abs * inverse
-            factor = factor * inverse
-        norm = tl.sqrt(sum_sq)
-        good = (nonfinite == 0) & (sum_pow + sum_sq < float("inf"))
-        loss = float("nan")
-        if HAS_LOSS:
-            loss = tl.load(loss_pointer)
-            good = good & (tl.abs(loss) < float("inf"))
-        if HAS_FOUND_INF:
-            good = good & (tl.load(found_inf) <= 0)
-
+    @triton.jit
+    def row_law(
+        slots, sum_pow, sum_sq, max_abs, nonfinite, norm, loss, gamma, factor, good, log, log_length,
+        LAW: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_LOG: tl.constexpr, CLIP_GLOBAL: tl.constexpr,
+    ):  # fmt: skip
+        """The law of one row, from statistics that are unscaled."""
         step = tl.load(slots + L.STEP) + 1
         age = tl.load(slots + L.AGE) + 1
         skipped = tl.load(slots + L.SKIPPED)
@@ -461,6 +435,8 @@ if HAS_TRITON:
                 calls = (step + skipped).to(tl.int32)
                 due = (calls % tl.load(slots + L.META_INTERVAL).to(tl.int32) == 0) & (step >= 2)
                 trend = tl.where(due, tanh((v_fast - sigma_ref) / (sigma_ref + L.META_EPS)), 0.0)
+        if not CLIP_GLOBAL:
+            threshold = float("inf")
         clip = tl.minimum(threshold / (norm + L.CLIP_EPS), 1.0)
 
         # Everything has been read: what follows overwrites it, and other warps may lag behind.
@@ -502,6 +478,74 @@ if HAS_TRITON:
         if HAS_LOG:
             write_log_kernel(slots, log, log_length)
 
+    @triton.jit(
+        do_not_specialize=["partials", "rows", "log_length"],
+        do_not_specialize_on_alignment=["loss_pointer", "found_inf", "grad_scale"],
+    )
+    def control_kernel(
+        control,  # fp32 (rows, NUM_SLOTS)
+        telemetry,  # fp32 (partials, 4)
+        partials,
+        loss_pointer,  # fp32 (1,)
+        found_inf,  # fp32 (1,)
+        grad_scale,  # fp32 (1,)
+        log,  # fp32 (log_length, NUM_SLOTS)
+        log_length,
+        rows,
+        history,  # of TensorClip, as the three that follow
+        index,
+        spans,
+        factors,
+        LAW: tl.constexpr,
+        HAS_LOSS: tl.constexpr,
+        HAS_FOUND_INF: tl.constexpr,
+        HAS_GRAD_SCALE: tl.constexpr,
+        HAS_LOG: tl.constexpr,
+        CLIP_GLOBAL: tl.constexpr,
+        CLIP_TENSORS: tl.constexpr,
+        HAS_SPANS: tl.constexpr,
+        LAYOUT: tl.constexpr,
+        PARTIALS: tl.constexpr,
+    ):
+        """A program per row and, with CLIP_TENSORS, behind them one per tensor."""
+        program = tl.program_id(0)
+        slots = control + program * L.NUM_SLOTS
+        if CLIP_TENSORS:  # a tensor's program reads the settings of the first row, which are all rows' here
+            slots = control + tl.where(program < rows, program, 0) * L.NUM_SLOTS
+        sum_pow, sum_sq, max_abs, nonfinite = sum_partials(telemetry, 0, partials, PARTIALS)
+        gamma = tl.load(slots + L.GAMMA)
+        factor = 1 - 2 * tl.load(slots + L.MAXIMIZE)
+        inverse = 1.0
+        if HAS_GRAD_SCALE:
+            inverse = 1 / tl.load(grad_scale)
+            sum_pow = sum_pow * tl.exp2(gamma * tl.log2(inverse))
+            sum_sq = sum_sq * inverse * inverse
+            max_abs = max_abs * inverse
+            factor = factor * inverse
+        norm = tl.sqrt(sum_sq)
+        good = (nonfinite == 0) & (sum_pow + sum_sq < float("inf"))
+        loss = float("nan")
+        if HAS_LOSS:
+            loss = tl.load(loss_pointer)
+            good = good & (tl.abs(loss) < float("inf"))
+        if HAS_FOUND_INF:
+            good = good & (tl.load(found_inf) <= 0)
+        if CLIP_TENSORS:
+            if program >= rows:
+                clip_tensor(
+                    program - rows, telemetry, history, index, spans, factors, norm, inverse, good, HAS_SPANS, PARTIALS
+                )
+            else:
+                row_law(
+                    slots, sum_pow, sum_sq, max_abs, nonfinite, norm, loss, gamma, factor, good, log, log_length,
+                    LAW, HAS_LOSS, HAS_LOG, CLIP_GLOBAL,
+                )  # fmt: skip
+        else:
+            row_law(
+                slots, sum_pow, sum_sq, max_abs, nonfinite, norm, loss, gamma, factor, good, log, log_length,
+                LAW, HAS_LOSS, HAS_LOG, CLIP_GLOBAL,
+            )  # fmt: skip
+
 
 def launch_control(
     control: Tensor,
@@ -511,12 +555,14 @@ def launch_control(
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
     log: Tensor | None = None,
+    clip: str | TensorClip | None = "global",
 ) -> None:
     """`dispatch.control_step` by the kernel; same arguments."""
+    tensors = clip if isinstance(clip, TensorClip) else None
     with on_device(control.device):
         launch(
             control_kernel,
-            len(control),
+            len(control) + (0 if tensors is None else len(tensors.factors)),
             control,
             telemetry,
             telemetry.numel() // L.NUM_TELEMETRY,
@@ -525,11 +571,19 @@ def launch_control(
             control if grad_scale is None else grad_scale,
             control if log is None else log,
             1 if log is None else len(log),
+            len(control),
+            control if tensors is None else tensors.history,
+            control if tensors is None else tensors.index,
+            control if tensors is None or tensors.spans is None else tensors.spans,
+            control if tensors is None else tensors.factors,
             LAW=L.LAWS[law],
             HAS_LOSS=loss is not None,
             HAS_FOUND_INF=found_inf is not None,
             HAS_GRAD_SCALE=grad_scale is not None,
             HAS_LOG=log is not None,
+            CLIP_GLOBAL=clip == "global",
+            CLIP_TENSORS=tensors is not None,
+            HAS_SPANS=tensors is not None and tensors.spans is not None,
             LAYOUT=L.KEY,
             PARTIALS=PARTIALS_AT_ONCE,
         )

@@ -85,6 +85,11 @@ MAX_ABS = 2  # max |g| over finite elements
 COUNT_NONFINITE = 3
 NUM_TELEMETRY = 4
 
+# -- history of a tensor's gradient norms, shape (num_tensors, 2): the smallest in the warm-up, then an average ---
+HISTORY_NORM = 0  # of the clipped gradient, after unscaling
+HISTORY_SEEN = 1  # norms that it has seen, counted up to TENSOR_CLIP_WARMUP
+NUM_HISTORY = 2
+
 # -- the laws ------------------------------------------------------------------
 STABILITY_V1 = 1
 STABILITY_V2 = 2
@@ -126,6 +131,11 @@ HISTORY_GAIN = 0.2
 CLIP_BASE = 1.0  # predictive clipping: CLIP_BASE (1 + CLIP_GAIN sqrt(v_fast / v_slow))
 CLIP_GAIN = 0.5
 CLIP_EPS = 1e-6
+# Clipping of a tensor against its own history (AdaGC, arXiv 2502.11034; values: there, but the warm-up, which is 100).
+TENSOR_CLIP_NORM = 1.0  # limit of the global norm while a tensor warms up
+TENSOR_CLIP_RATIO = 1.05  # limit of a tensor's norm afterwards, in units of its history
+TENSOR_CLIP_BETA = 0.98  # memory of the history
+TENSOR_CLIP_WARMUP = 30  # norms of a tensor, not steps of the optimizer
 WARN_SURGE, WARN_SURGE_RATIO = 0.5, 2.5
 WARN_CURVATURE, WARN_CURVATURE_LEVEL = 0.2, 0.1
 WARNING_LEVEL = 0.7

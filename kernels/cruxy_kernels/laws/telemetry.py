@@ -72,8 +72,10 @@ if HAS_TRITON:
         chunks_per_program,
         gamma,
         partials,  # fp32 (programs, 4)
+        bounds,  # int32 (programs + 1,): with BY_TENSOR, where the chunks of each program begin
         GRAD_TYPE: tl.constexpr,
         GAMMA_IS_1_5: tl.constexpr,
+        BY_TENSOR: tl.constexpr,
         LINES: tl.constexpr,
         LAYOUT: tl.constexpr,
     ):
@@ -85,6 +87,9 @@ if HAS_TRITON:
         local = tl.arange(0, LINES)[:, None] * 8 + tl.arange(0, 8)[None, :]
         first = program * chunks_per_program
         last = tl.minimum(first + chunks_per_program, chunks)
+        if BY_TENSOR:
+            first = tl.load(bounds + program)
+            last = tl.load(bounds + program + 1)
         for chunk in range(first, last):
             entry = entries + tl.load(chunk_entry + chunk).to(tl.int64) * T.COLUMNS
             start = tl.load(chunk_index + chunk).to(tl.int64) * (LINES * 8)
@@ -138,12 +143,11 @@ if HAS_TRITON:
         tl.store(totals + 3, bad)
 
     @triton.jit
-    def tensor_kernel(partials, entries, totals, CHUNK: tl.constexpr, PARTIALS: tl.constexpr, LAYOUT: tl.constexpr):
-        """totals (tensors, 4) of partials (chunks, 4): one program per tensor."""
+    def tensor_kernel(partials, spans, totals, PARTIALS: tl.constexpr):
+        """totals (tensors, 4) of partials (n, 4): one program per tensor, whose rows are in spans, (tensors, 2)."""
         tensor = tl.program_id(0)
-        entry = entries + tensor.to(tl.int64) * T.COLUMNS
-        count = (tl.load(entry + T.NUMEL) + CHUNK - 1) // CHUNK
-        power_sum, square_sum, largest, bad = sum_partials(partials, tl.load(entry + T.FIRST_CHUNK), count, PARTIALS)
+        first, count = tl.load(spans + tensor * 2), tl.load(spans + tensor * 2 + 1)
+        power_sum, square_sum, largest, bad = sum_partials(partials, first, count, PARTIALS)
         out = totals + tensor * 4
         tl.store(out, power_sum)
         tl.store(out + 1, square_sum)
@@ -151,10 +155,30 @@ if HAS_TRITON:
         tl.store(out + 3, bad)
 
 
-def launch_partials(table: T.TensorTable, grad_type: str, gamma: float, chunks_per_program: int = 0) -> Tensor:
-    """Partial sums of a table's gradients, fp32 (programs, 4); without `chunks_per_program` as few as add up well."""
-    per_program = chunks_per_program or max(1, -(-table.chunks // MAX_PARTIALS))
-    programs = -(-table.chunks // per_program)
+class Runs:
+    """A table's chunks in runs that lie within one tensor, for partial sums per tensor; as long as few programs take.
+
+    bounds: int32 (runs + 1,) on the table's device, the first chunk of each run.
+    spans: int32 (tensors, 2) on the CPU, the first run of each tensor and how many it has.
+    """
+
+    def __init__(self, table: T.TensorTable) -> None:
+        first = table.on_host[:, T.FIRST_CHUNK]
+        chunks = torch.diff(first, append=torch.tensor([table.chunks]))
+        length = max(1, -(-table.chunks // MAX_PARTIALS))
+        runs = (chunks + length - 1) // length
+        begin = runs.cumsum(0) - runs
+        tensor = torch.repeat_interleave(runs)
+        starts = first[tensor] + (torch.arange(len(tensor)) - begin[tensor]) * length
+        bounds = torch.cat([starts, torch.tensor([table.chunks])]).to(torch.int32)
+        self.bounds = T.to_device(bounds, table.entries.device)
+        self.spans = torch.stack((begin, runs), 1).to(torch.int32)
+
+
+def launch_partials(table: T.TensorTable, grad_type: str, gamma: float, runs: Runs | None = None) -> Tensor:
+    """Partial sums of a table's gradients, fp32 (programs, 4): as few as add up well, or those of `runs`."""
+    per_program = max(1, -(-table.chunks // MAX_PARTIALS))
+    programs = -(-table.chunks // per_program) if runs is None else len(runs.bounds) - 1
     partials = torch.empty((programs, L.NUM_TELEMETRY), dtype=torch.float32, device=table.entries.device)
     launch(
         telemetry_kernel,
@@ -166,8 +190,10 @@ def launch_partials(table: T.TensorTable, grad_type: str, gamma: float, chunks_p
         per_program,
         float(gamma),
         partials,
+        table.chunk_entry if runs is None else runs.bounds,
         GRAD_TYPE=grad_type,
         GAMMA_IS_1_5=gamma == 1.5,
+        BY_TENSOR=runs is not None,
         LINES=T.CHUNK // 8,
         LAYOUT=T.KEY,
     )
@@ -180,11 +206,12 @@ def launch_telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool, pa
     found = []
     for batch in batches({T.GRAD: grads}, read_only=(T.GRAD,)):
         table = batch.table
-        partials = launch_partials(table, batch.types[T.GRAD], gamma, 1 if per_tensor else 0)
-        if per_tensor:
+        runs = Runs(table) if per_tensor else None
+        partials = launch_partials(table, batch.types[T.GRAD], gamma, runs)
+        if runs is not None:
             totals = torch.empty((table.tensors, L.NUM_TELEMETRY), dtype=torch.float32, device=batch.device)
-            sizes = {"CHUNK": T.CHUNK, "PARTIALS": PARTIALS_AT_ONCE, "LAYOUT": T.KEY}
-            launch(tensor_kernel, table.tensors, partials, table.entries, totals, **sizes)
+            spans = T.to_device(runs.spans, batch.device)
+            launch(tensor_kernel, table.tensors, partials, spans, totals, PARTIALS=PARTIALS_AT_ONCE)
             partials = totals
         found.append((batch.indices, partials.to(device, non_blocking=True)))
     if per_tensor:
