@@ -86,9 +86,27 @@ MORE = {
     ),
     "codec that overflows": (
         "codec.py",
-        "quotient * (0.125 * (1 + _SHARPNESS) * _LEVELS) + 0.5",
-        "(magnitude * (0.125 * (1 + _SHARPNESS) * _LEVELS)) / (scale * 0.125 + magnitude * (0.125 * _SHARPNESS)) + 0.5",
+        "return quotient * (0.125 * (1 + _SHARPNESS) * LEVELS)",
+        "return (magnitude * (0.125 * (1 + _SHARPNESS) * LEVELS)) / (scale * 0.125 + magnitude * (0.125 * _SHARPNESS))",
         ["test_codecs.py::test_the_end_of_the_range"],
+    ),
+    "halves swapped": (
+        "codec.py",
+        "((first & 15) | (second << 4))",
+        "((second & 15) | (first << 4))",
+        ["test_codecs.py::test_codes_are_those_of_the_formula"],
+    ),
+    "up by the level and not by the value": (
+        "codec.py",
+        "chance > threshold * whole",
+        "exact - low > threshold",
+        ["test_rules.py::test_dtypes_and_storage"],
+    ),
+    "the parameter's bits for the momentum's": (
+        "codec.py",
+        "((random >> 16).to(tl.int32) + 1)",
+        "((random & 0xFFFF).to(tl.int32) + 1)",
+        ["test_rules.py::test_dtypes_and_storage"],
     ),
     "rounding always down": (
         "rounding.py",
