@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-# State bits: (bytes of one value, values that share one 2-byte scale or 0): `cruxy_kernels.CODECS`, without torch.
-CODECS = {32: (4, 0), 8: (1, 64)}
-SCALE = 2  # bytes
+# State bits: (values per byte, values that share one 2-byte scale or 0), as CruxyOptimizer keeps them.
+CODECS = {32: (0.25, 0), 8: (1, 64)}
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Optimizer:
 
     def tensors(self, n: int) -> list[int]:
         """Bytes of each state tensor of a parameter of `n` elements."""
-        width, shared = CODECS[self.bits]
-        each = [n * width] + ([SCALE * -(-n // shared)] if shared else [])
+        packed, shared = CODECS[self.bits]
+        each = [math.ceil(n / packed)] + ([2 * -(-n // shared)] if shared else [])
         return each * self.moments
 
     @property
     def bytes_per_parameter(self) -> float:
-        width, shared = CODECS[self.bits]
-        return self.moments * (width + (SCALE / shared if shared else 0))
+        packed, shared = CODECS[self.bits]
+        return self.moments * (1 / packed + (2 / shared if shared else 0))
 
 
 # The first three are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is
