@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
+import warnings
 
 from cruxy_triton.errors import UserError
 
@@ -53,3 +55,19 @@ def expect_no_hub_in_vain() -> None:
     except Exception:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for datasets, which reads it when it is imported
+
+
+def quiet_libraries() -> None:
+    """One GPU, and no third-party progress bars and notices, which would bury ours; what they warn of stays."""
+    if "LOCAL_RANK" not in os.environ:  # not under torchrun or accelerate launch
+        # With several GPUs in sight of one process transformers would use DataParallel, which TRL refuses.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for package in ("transformers", "trl", "peft", "accelerate", "bitsandbytes"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=package)
+    # "No module named 'kernels'": an optional download of CPU kernels that would be used for inference only.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

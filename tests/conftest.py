@@ -121,7 +121,9 @@ class Command:
     def environment(self, **extra: str) -> dict[str, str]:
         return {**os.environ, "HF_HUB_OFFLINE": "1", "CRUXY_CACHE": str(self.folder / "cache"), **extra}
 
-    def __call__(self, *words: str | Path, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *words: str | Path, timeout: float = 300, input: str = "", **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "cruxy_triton", *map(str, words)],
             cwd=self.folder,
@@ -129,7 +131,7 @@ class Command:
             capture_output=True,
             text=True,
             timeout=timeout,
-            stdin=subprocess.DEVNULL,
+            input=input,
         )
 
     def start(self, *words: str | Path, **extra: str) -> subprocess.Popen[str]:

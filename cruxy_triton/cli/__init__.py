@@ -20,6 +20,8 @@ COMMANDS = {
     "plan": "does a model train on a card, and with which settings",
     "page": "the planner as a web page: static files for any host",
     "finetune": "fine-tune a causal language model with LoRA",
+    "generate": "ask a model, or the adapter of a run",
+    "merge": "base model and adapter as one model for plain transformers",
     "kernels": "cross-compile every kernel; registers, spills, load widths",
     "bench": "the optimizer step against others; the momentum codec",
     "doctor": "what this machine has, which backend will be used, known problems",

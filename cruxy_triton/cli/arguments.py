@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from cruxy_triton import settings
@@ -50,10 +51,10 @@ class _Store(argparse.Action):
         given[self.setting.name] = value
 
 
-def add_settings(parser: argparse.ArgumentParser, command: str) -> None:
-    """Adds the options of every setting that `command` takes, in their groups."""
+def add_settings(parser: argparse.ArgumentParser, command: str, names: Sequence[str] | None = None) -> None:
+    """Adds the options of every setting that `command` takes, or of `names`, in their groups."""
     groups: dict[str, Any] = {"": parser}
-    for setting in settings.of_command(command):
+    for setting in settings.of_command(command) if names is None else map(settings.SETTINGS.__getitem__, names):
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         add = groups[setting.group].add_argument

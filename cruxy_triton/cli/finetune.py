@@ -2,17 +2,14 @@
 
 import argparse
 import json
-import logging
-import os
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from cruxy_triton.cli.arguments import add_settings
 from cruxy_triton.cli.arguments import given as typed
-from cruxy_triton.environment import require_train_extra
+from cruxy_triton.environment import quiet_libraries, require_train_extra
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 
@@ -31,17 +28,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.usage = "cruxy-triton finetune MODEL --data FILE [options]"
     add = parser.add_argument
-    add("--demo", action="store_true", help="make a small model and data here, and fine-tune it (no network, no GPU)")
+    add("--demo", nargs="?", const="smollm2", choices=("smollm2", "tiny"), metavar="tiny",
+        help="fine-tune a real chat model of 135 M parameters (93 MB to download, no account); tiny: a small model "
+        "that is made here, without a network")  # fmt: skip
     add("--plan", metavar="FILE", help="run exactly the plan saved by `cruxy-triton plan --save`")
     add("--resume", action="store_true", help="continue the interrupted run in --output")
     add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--merge", action="store_true", help="when done, write base and adapter as one model to merged/ in --output")
     add("--json", action="store_true", help="print the result as one JSON object on standard output")
     add_settings(parser, "finetune")
 
 
 def run(args: argparse.Namespace) -> int:
     require_train_extra()
-    _environment()
+    quiet_libraries()
     given = typed(args, "finetune")
     record_gradients = given.pop("record_gradients", 0)
     _say_what_only_the_hub_knows(given)
@@ -66,15 +66,16 @@ def run(args: argparse.Namespace) -> int:
 
         recipe = run_module.resume_recipe(folder, given)
     else:
-        given = _complete(given, args.demo)
-        recipe = Recipe(**given)  # checks the settings before anything slow is imported
+        recipe = Recipe(**_complete(given, args.demo))  # checks the settings before anything slow is imported
         folder = RunFolder(recipe.output, overwrite=args.overwrite)
         _check_data_file(recipe.data)
         if args.demo:
             from cruxy_triton.finetune import demo
 
-            model, data = demo.prepare(say)
-            recipe.model, recipe.data = str(model), str(data)
+            asked, (args.demo, model, data) = args.demo, demo.prepare(args.demo, say)
+            if args.demo != asked:
+                recipe = Recipe(**_complete(given, args.demo))
+            recipe.model, recipe.data = model, str(data)
         from cruxy_triton.finetune import run as run_module
 
     display = Progress()
@@ -91,8 +92,12 @@ def run(args: argparse.Namespace) -> int:
         display.close()
     if not result.finished:
         say(f"interrupted: checkpoint of step {result.step} saved; continue with")
-        say(f"  cruxy-triton finetune --resume --output {recipe.output}")
+        say(f"  cruxy-triton finetune --resume --output {recipe.output}{' --merge' if args.merge else ''}")
         return 128 + result.signal
+    if args.merge:
+        from cruxy_triton.cli.merge import merge
+
+        merge(str(result.folder), trusted=recipe.trust_remote_code, say=say)
     return _finish(result, args, say)
 
 
@@ -124,18 +129,12 @@ def obeying(path: str, given: dict[str, Any], resume: bool = False) -> dict[str,
     return given
 
 
-def _complete(given: dict[str, Any], is_demo: bool) -> dict[str, Any]:
-    if is_demo:
+def _complete(given: dict[str, Any], demo_name: str | None) -> dict[str, Any]:
+    if demo_name:
         from cruxy_triton.finetune import demo
 
-        defaults = {
-            "output": demo.free_output(),
-            "lora_r": demo.LORA_R,
-            "max_seq_length": demo.LENGTH,
-            "max_steps": demo.STEPS,
-            "lr": demo.LEARNING_RATES[given.get("optimizer", "cruxy")],
-        }
-        return {**defaults, "model": "", "data": "", **given}
+        defaults = demo.defaults(demo_name, given.get("optimizer", "cruxy"))
+        return {"output": demo.free_output(), **defaults, "model": "", "data": "", **given}
     for name, flag in (("model", "MODEL"), ("data", "--data FILE")):
         if name not in given:
             raise UserError(f"{flag} is missing; `cruxy-triton finetune --demo` runs without any")
@@ -159,47 +158,44 @@ def _say_what_only_the_hub_knows(given: dict[str, Any]) -> None:
 
 
 def _finish(result: Any, args: argparse.Namespace, say: Any) -> int:
+    from cruxy_triton.finetune.report import SHOWN_SAMPLES
+
     before, after = result.before, result.after
     say(
         f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}, perplexity {before['perplexity']:.2f} -> "
         f"{after['perplexity']:.2f} ({before['tokens']:,} tokens)"
     )
-    if result.sample:
+    for sample in result.samples[:SHOWN_SAMPLES]:
         for key in ("prompt", "expected", "before", "after"):
-            shown = " ".join(result.sample[key].split())
-            say(f"  {key:>8}: {shown[:200]}")
+            say(f"  {key:>8}: {' '.join(sample[key].split())[:200]}")
     say(f"adapter, report and metrics: {result.folder}")
     if args.json:
         summary = {"folder": str(result.folder), "step": result.step, "before": before, "after": after}
+        summary["samples"] = result.samples
         print(json.dumps(summary))
     if args.demo:
-        from cruxy_triton.finetune.demo import REQUIRED_GAIN
-
-        gain = before["loss"] - after["loss"]
-        if not gain >= REQUIRED_GAIN:
-            print(
-                f"cruxy-triton finetune: error: the demo's held-out loss fell by {gain:.3f}; a working optimizer "
-                f"reaches at least {REQUIRED_GAIN}",
-                file=sys.stderr,
-            )
-            return 1
+        return _judge_demo(args.demo, result, say)
     return 0
 
 
-def _environment() -> None:
-    """One GPU, and no third-party progress bars and notices, which would bury ours; what they warn of stays."""
-    if "LOCAL_RANK" not in os.environ:  # not under torchrun or accelerate launch
-        # With several GPUs in sight of one process transformers would use DataParallel, which TRL refuses.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for package in ("transformers", "trl", "peft", "accelerate", "bitsandbytes"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=package)
-    # "No module named 'kernels'": an optional download of CPU kernels that would be used for inference only.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+def _judge_demo(name: str, result: Any, say: Any) -> int:
+    """Exit code 1 where the demo has not learned what a working optimizer teaches."""
+    from cruxy_triton.finetune.demo import REQUIRED_GAIN, right_answers
+
+    gain = result.before["loss"] - result.after["loss"]
+    wrong = ""
+    if name == "tiny" and result.samples:
+        before, after, constant = right_answers(result.samples)
+        said = f"{after} of {len(result.samples)} answers are right after training"
+        say(f"{said}, {before} before; always the most frequent one: {constant}")
+        if after <= constant:
+            wrong = f"{said}, and always the same one would be in {constant}"
+    if not gain >= REQUIRED_GAIN:
+        wrong = f"the held-out loss fell by {gain:.3f}; a working optimizer reaches at least {REQUIRED_GAIN}"
+    if wrong:
+        print(f"cruxy-triton finetune: error: the demo failed: {wrong}", file=sys.stderr)
+        return 1
+    return 0
 
 
 class Progress:

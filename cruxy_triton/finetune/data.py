@@ -98,6 +98,15 @@ class Data:
     def packed(self) -> bool:
         return self.form == "text"
 
+    @property
+    def asked(self) -> str:
+        """How a question is put: "chat" (the model's template), "question" (QUESTION_TEMPLATE) or "plain"."""
+        prompt = self.train[0].get("prompt", "")
+        if isinstance(prompt, list):
+            return "chat"
+        start, end = QUESTION_TEMPLATE.split("{question}")
+        return "question" if prompt.startswith(start) and prompt.endswith(end) else "plain"
+
 
 @dataclass(frozen=True)
 class Tokens:

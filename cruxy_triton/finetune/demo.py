@@ -1,7 +1,8 @@
-"""The embedded default: a small model made and pre-trained on the spot, and question/answer data for it.
+"""The embedded default: a model, and questions about Python's standard library to teach it.
 
-Everything comes from what each Python installation carries: the sources and docstrings of the standard
-library. No network, no account, no GPU. The made model goes to a cache folder and is used again.
+Two of them. "smollm2" is a real chat model of 135 M parameters, which learns to answer from docstrings. "tiny" needs no
+network: a model of 2 M parameters made and pre-trained on the spot, which learns to say what is a class, a method or a
+function. The questions come from the sources that each Python installation carries. All is kept in a cache folder.
 """
 
 import ast
@@ -14,7 +15,8 @@ import random
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from cruxy_kernels.backends.native import cache_folder
 from cruxy_triton import __version__, files
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune import smollm2
 from cruxy_triton.optimizer import CruxyOptimizer
 
 VOCABULARY = 2048
@@ -39,12 +42,17 @@ MINIMUM_QUESTIONS = 400
 # much (nats per token). A run with learning rate 0 changes nothing at all.
 REQUIRED_GAIN = 0.5
 
-# The best of eight or nine rates by median over three seeds (profiles/measured/learning_rates_demo.json). A model
-# this small wants far larger ones than the defaults.
-LEARNING_RATES = {"adamw": 7e-3, "cruxy": 2e-2, "cruxy-lion": 5e-3}
-LORA_R = 8  # what they were measured with
-STEPS = 200
-LENGTH = 128
+LORA_R = 8
+# What `--demo NAME` sets; what is typed wins.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "smollm2": {"lora_r": LORA_R, "max_steps": 40, "max_eval_samples": 32, "samples": 3, "sample_tokens": 32},
+    "tiny": {"lora_r": LORA_R, "max_steps": 200, "max_seq_length": 128, "samples": 60, "sample_tokens": 4},
+}
+# For these tasks and steps. cruxy's were tried; the others are a half and a quarter of it, as in settings.DEFAULT_LR.
+LEARNING_RATES = {
+    "smollm2": {"adamw": 1e-3, "cruxy": 2e-3, "cruxy-lion": 5e-4},
+    "tiny": {"adamw": 2.5e-3, "cruxy": 5e-3, "cruxy-lion": 1.25e-3},
+}
 
 EOS = "<|end|>"
 
@@ -55,14 +63,74 @@ def free_output(base: str = "runs/demo") -> str:
     return next(name for name in names if not Path(name).exists())
 
 
-def prepare(say: Callable[[str], None], cache: Path | None = None) -> tuple[Path, Path]:
-    """Makes (or finds) the demo's model folder and data file; returns both paths."""
+def defaults(name: str, optimizer: str) -> dict[str, Any]:
+    """What the demo sets where nothing is typed."""
+    rates = LEARNING_RATES[name]
+    return {**SETTINGS[name], **({"lr": rates[optimizer]} if optimizer in rates else {})}
+
+
+def prepare(name: str, say: Callable[[str], None], cache: Path | None = None) -> tuple[str, str, Path]:
+    """Makes (or finds) model and questions of the demo `name`; returns the name, the model and the data file.
+
+    Where SmolLM2 cannot be had the answer is "tiny", and `say` is told why.
+    """
+    if name == "smollm2":
+        try:
+            model = smollm2.smollm2(say, cache)
+        except smollm2.Unavailable as reason:
+            say(f"note: SmolLM2 cannot be had here ({reason}); taking the tiny model, as with --demo tiny")
+        else:
+            return "smollm2", model, questions(say, cache) / "docstrings.jsonl"
+    return "tiny", str(tiny(say, cache)), questions(say, cache) / "kinds.jsonl"
+
+
+def questions(say: Callable[[str], None], cache: Path | None = None) -> Path:
+    """The folder with both data files: docstrings.jsonl (what does it do?) and kinds.jsonl (what is it?)."""
     sources = _sources()
-    # The text differs between Python versions, and with it the model; the recipe above decides the rest.
-    recipe = [__version__, VOCABULARY, PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LENGTH, PRETRAIN_LR, QUESTIONS]
+
+    def make(folder: Path) -> None:
+        sentences, kinds = _asked(sources)
+        for name, records in (("docstrings", _docstring_records(sentences)), ("kinds", _kind_records(kinds))):
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            files.write_text(folder / f"{name}.jsonl", lines)
+            say(f"demo data: {len(records)} questions in {name}.jsonl, from the standard library's sources")
+
+    return _cached("questions", [QUESTIONS], sources, make, cache)
+
+
+def tiny(say: Callable[[str], None], cache: Path | None = None) -> Path:
+    """The folder of the model that is made and pre-trained on the spot."""
+    sources = _sources()
+    data = questions(say, cache) / "docstrings.jsonl"
+
+    def make(folder: Path) -> None:
+        answers = {json.loads(line)["answer"] for line in data.read_text(encoding="utf-8").splitlines()}
+        pieces = [text for path in sources if (text := _text(path)) is not None]
+        _pretrain(_pretraining_text(pieces, answers), folder, say)
+
+    recipe = [VOCABULARY, PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LENGTH, PRETRAIN_LR, QUESTIONS]
+    return _cached("tiny", recipe, sources, make, cache)
+
+
+def right_answers(samples: Sequence[dict[str, str]]) -> tuple[int, int, int]:
+    """Of the samples: right before, right after, and right with always the most frequent answer."""
+    expected = [s["expected"].strip() for s in samples]
+    before, after = (
+        sum(s[when].strip() == right for s, right in zip(samples, expected, strict=True))
+        for when in ("before", "after")
+    )
+    return before, after, max(Counter(expected).values(), default=0)
+
+
+def _cached(
+    what: str, recipe: list[Any], sources: list[Path], make: Callable[[Path], None], cache: Path | None
+) -> Path:
+    """The cache's folder for `what`, filled by `make` where it is not there, and whole or not there."""
+    # The sources differ between Python versions, and with them what is made; the recipe decides the rest.
+    recipe = [__version__, *recipe]
     key = hashlib.sha256(repr((recipe, [(p.name, p.stat().st_size) for p in sources])).encode()).hexdigest()[:12]
-    folder = (cache or cache_folder()) / f"demo-{key}"
-    if not (folder / "model" / "config.json").is_file():
+    folder = (cache or cache_folder()) / f"demo-{what}-{key}"
+    if not folder.is_dir():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -72,13 +140,11 @@ def prepare(say: Callable[[str], None], cache: Path | None = None) -> tuple[Path
                 f"cache folder {partial.parent} cannot be written ({error.strerror}); set CRUXY_CACHE to one that can"
             ) from None
         try:
-            _make(sources, partial, say)
+            make(partial)
             files.move_folder(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    else:
-        say(f"using the demo model made earlier in {folder}")
-    return folder / "model", folder / "docstrings.jsonl"
+    return folder
 
 
 def _sources() -> list[Path]:
@@ -90,30 +156,34 @@ def _sources() -> list[Path]:
     return found
 
 
-def _make(sources: list[Path], folder: Path, say: Callable[[str], None]) -> None:
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # a few files of the library are such on purpose
+        return None
+
+
+def _asked(sources: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """By qualified name of what is public: the first sentence of its docstring, and whether it is a class, a method
+    or a function."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    questions: dict[str, str] = {}
-    pieces: list[str] = []
+    sentences: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for path in sources:
         try:
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
-        except (OSError, UnicodeDecodeError, SyntaxError):  # a few files of the library are such on purpose
+            tree = ast.parse(_text(path) or "")
+        except SyntaxError:
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        pieces.append(source)
-        questions |= _docstrings(tree, module)
-    records = _records(questions)
-    text = _pretraining_text(pieces, {r["answer"] for r in records})
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    files.write_text(folder / "docstrings.jsonl", lines)
-    say(f"demo data: {len(records)} questions from docstrings, {len(text) / 1e6:.1f} MB of sources to pre-train on")
-    _pretrain(text, folder / "model", say)
+        found, what = _public(tree, module)
+        sentences |= found
+        kinds |= what
+    return sentences, kinds
 
 
-def _docstrings(tree: ast.Module, module: str) -> dict[str, str]:
-    """Qualified name -> first sentence of its docstring, for the module's public functions and classes."""
-    found = {}
+def _public(tree: ast.Module, module: str) -> tuple[dict[str, str], dict[str, str]]:
+    sentences: dict[str, str] = {}
+    kinds: dict[str, str] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
@@ -122,30 +192,40 @@ def _docstrings(tree: ast.Module, module: str) -> dict[str, str]:
             name = f"{prefix}.{child.name}"
             if child.name.startswith("_"):
                 continue
+            is_class, in_class = isinstance(child, ast.ClassDef), isinstance(node, ast.ClassDef)
+            kinds[name] = "class" if is_class else "method" if in_class else "function"
             if doc := ast.get_docstring(child):
                 sentence = " ".join(doc.split("\n\n")[0].split())
                 if 20 <= len(sentence) <= 160:
-                    found[name] = sentence
-            if isinstance(child, ast.ClassDef):
+                    sentences[name] = sentence
+            if is_class:
                 visit(child, name)
 
     visit(tree, module)
-    return found
+    return sentences, kinds
 
 
-def _records(questions: dict[str, str]) -> list[dict[str, str]]:
+def _docstring_records(sentences: dict[str, str]) -> list[dict[str, str]]:
     """Question/answer records, one for each distinct answer (the same sentence would leak to the held-out split)."""
     by_answer: dict[str, str] = {}
-    for name, sentence in sorted(questions.items()):
+    for name, sentence in sorted(sentences.items()):
         by_answer.setdefault(sentence, name)
     if len(by_answer) < MINIMUM_QUESTIONS:
         raise UserError(
             f"only {len(by_answer)} docstrings found in this Python's standard library; the demo needs at least "
             f"{MINIMUM_QUESTIONS} (a Python stripped of docstrings?)"
         )
-    items = sorted(by_answer.items(), key=lambda item: item[1])
-    random.Random(0).shuffle(items)
-    return [{"question": f"What does {name} do?", "answer": sentence} for sentence, name in items[:QUESTIONS]]
+    return _some([(f"What does {name} do?", sentence) for sentence, name in by_answer.items()])
+
+
+def _kind_records(kinds: dict[str, str]) -> list[dict[str, str]]:
+    return _some([(f"Is {name} a class, a method or a function?", kind) for name, kind in kinds.items()])
+
+
+def _some(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    pairs = sorted(pairs)
+    random.Random(0).shuffle(pairs)
+    return [{"question": question, "answer": answer} for question, answer in pairs[:QUESTIONS]]
 
 
 def _pretraining_text(pieces: list[str], answers: set[str]) -> str:

@@ -53,7 +53,7 @@ class Result:
     step: int
     before: dict[str, float]
     after: dict[str, float] | None
-    sample: dict[str, str] | None
+    samples: list[dict[str, str]]
     signal: int = 0
 
 
@@ -244,7 +244,7 @@ class _Run:
                 f"the loss of {recipe.model} is {self.before['loss']} before any training: its weights hold no "
                 f"numbers, or overflow in {self.dtype_name}; try {wider}"
             )
-        self.sample = self._sample()
+        self.samples = self._samples()
 
     def _begin(self) -> None:
         recipe, folder = self.recipe, self.folder
@@ -261,6 +261,7 @@ class _Run:
                 "train": len(data.train),
                 "held_out": len(data.held_out),
                 "form": data.form,
+                "asked": data.asked,
                 **self.lengths,
             },
             "warnings": [str(loss) for loss in data.losses],
@@ -280,7 +281,7 @@ class _Run:
         if folder.replaces:
             self.hooks.say(f"the earlier run is kept in {folder.previous} until this one is finished")
         if "before" not in self.run:
-            self.run |= {"before": self.before, "sample": self.sample}
+            self.run |= {"before": self.before, "samples": self.samples}
         folder.write_run(self.run, "running")
         if recipe.guard != "off":
             with files.writing(folder.events):
@@ -328,13 +329,13 @@ class _Run:
         if interruption.number is not None and status == "interrupted":
             saved, _ = folder.intact_checkpoint()
             step = 0 if saved is None else step_of(saved)
-            return Result(folder.path, False, step, run["before"], None, None, interruption.number)
+            return Result(folder.path, False, step, run["before"], None, [], interruption.number)
         if status == "stopped":
             raise TrainingFailed(f"{run['stopped']} Adapter, report and events are in {folder.path}")
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]
-        return Result(folder.path, True, result["step"], result["before"], result["after"], run["sample"])
+        return Result(folder.path, True, result["step"], result["before"], result["after"], run["samples"])
 
     def _conclude(self, telemetry: Any) -> str:
         """Evaluation, adapter and report; returns the run's last status."""
@@ -345,9 +346,8 @@ class _Run:
         after = trainer.held_out()
         step = trainer.state.global_step
         telemetry.write({"step": step, "eval_loss": after["loss"]})
-        if run["sample"] is not None:
-            after_text = self._generate() if self.recipe.sample_tokens else None
-            run["sample"] = None if after_text is None else {**run["sample"], "after": after_text}
+        answers = self._answers(len(run["samples"]))
+        run["samples"] = [{**sample, "after": text} for sample, text in zip(run["samples"], answers, strict=False)]
         status = "finished" if math.isfinite(after["loss"]) else "diverged"
         if guard is not None and guard.stopped is not None:
             status, run["stopped"] = "stopped", guard.stopped.partition("\n")[0]
@@ -379,35 +379,35 @@ class _Run:
             folder.finish()
         return status
 
-    def _prompt(self) -> list[int]:
-        """The ids of the first held-out prompt, as far as there is room beside an answer."""
-        tokens = self.tokens[1][0]
+    def _prompt(self, index: int) -> list[int]:
+        """The ids of a held-out prompt, as far as there is room beside an answer."""
+        tokens = self.tokens[1][index]
         room = (load.max_length_of(self.config) or 2048) - self.recipe.sample_tokens
         if self.data.packed:
             return tokens.ids[: min(TEXT_PROMPT_TOKENS, room)].tolist()
         return tokens.ids[: max(1, tokens.prompt)][-room:].tolist()
 
-    def _generate(self) -> str | None:
-        """The model's answer; None, and a note, where its generation fails: no reason to stop a training."""
+    def _answers(self, count: int) -> list[str]:
+        """The model's answers to the first `count` held-out prompts; none, and a note, where generating fails: no
+        reason to stop a training."""
+        if not self.recipe.sample_tokens:
+            return []
         try:
-            return self.trainer.generate(self._prompt(), self.recipe.sample_tokens)
+            return [self.trainer.generate(self._prompt(i), self.recipe.sample_tokens) for i in range(count)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
-            self.hooks.say(f"note: no sample, because generating fails ({type(error).__name__}: {first_line})")
-            return None
+            self.hooks.say(f"note: no samples, because generating fails ({type(error).__name__}: {first_line})")
+            return []
 
-    def _sample(self) -> dict[str, str] | None:
-        if self.recipe.sample_tokens == 0 or (before := self._generate()) is None:
-            return None
-        record = self.data.held_out[0]
-        prompt = record.get("prompt")
-        return {
-            "prompt": self.tokenizer.decode(self._prompt()) if prompt is None else _text(prompt),
-            "expected": _text(record.get("completion", "")),
-            "before": before,
-        }
+    def _samples(self) -> list[dict[str, str]]:
+        answers = self._answers(min(self.recipe.samples, len(self.data.held_out)))
+        found = []
+        for index, (before, record) in enumerate(zip(answers, self.data.held_out, strict=False)):
+            prompt = self.tokenizer.decode(self._prompt(index)) if "text" in record else _text(record["prompt"])
+            found.append({"prompt": prompt, "expected": _text(record.get("completion", "")), "before": before})
+        return found
 
 
 def _text(part: Any) -> str:
