@@ -65,7 +65,8 @@ MORE = {
     "first row for all": ("update.py", "tl.load(entry + T.ROW) * L.NUM_SLOTS", "tl.load(entry + T.ROW) * 0", [FORMULA]),
     "place for id": ("update.py", "tl.load(entry + T.ID)", "tl.load(entry + T.INDEX)", [STORAGE]),
     "one seed for all": ("update.py", "tl.load(slots + L.SEED).to(tl.int32)", "tl.load(slots).to(tl.int32)", [STORAGE]),
-    "first state twice": ("update.py", "m = load_state(entry, 0,", "m = load_state(entry, STATES - 1,", [FORMULA]),
+    "first state twice": ("update.py", "if not CODED:\n            m = load_state(entry, 0,",
+                          "if not CODED:\n            m = load_state(entry, STATES - 1,", [FORMULA]),
     "32-bit offsets": (
         "laws/telemetry.py",
         "tl.load(chunk_index + chunk).to(tl.int64) * (LINES * 8)",
@@ -98,8 +99,8 @@ MORE = {
     ),
     "up by the level and not by the value": (
         "codec.py",
-        "chance > threshold * whole",
-        "exact - low > threshold",
+        "usable, low + tl.where(chance > threshold_kernel(random) * whole",
+        "usable, low + tl.where(exact - low > threshold_kernel(random)",
         ["test_rules.py::test_dtypes_and_storage"],
     ),
     "the parameter's bits for the momentum's": (
