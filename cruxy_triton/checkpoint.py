@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_kernels import CODECS, RULES, dequantize_blockwise, quantize_blockwise
+from cruxy_kernels import RULES, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec import Codec, codec_of, scale_name
+from cruxy_kernels.codec import Codec, scale_name
+from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
@@ -40,7 +41,7 @@ NON_NEGATIVE = (
 )  # fmt: skip
 
 
-def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], seed: int) -> dict[str, Any]:
     """The state_dict of these groups and states. Moments are shared with the optimizer, as in torch.
 
     A state whose tensor is in no group (any more) is left out.
@@ -50,6 +51,8 @@ def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> 
         {**group, "control": group["control"].clone(), "params": [index[p] for p in group["params"]]}
         for group in param_groups
     ]
+    for group in packed:
+        group["control"][L.SEED] = seed  # before the first step it is not there yet
     states = {
         index.get(key, key): value | {name: value[name].clone() for name in groups.NO_MOMENTS if name in value}
         for key, value in state.items()
@@ -89,7 +92,7 @@ def read(
       optimizer, the statistics start afresh (with a warning) while moments and ages are kept;
     - a checkpoint of another rule gives the state that both have (the momentum, from AdamW to Lion; the settings
       stay the optimizer's own); where the optimizer's rule needs more than that, it is refused;
-    - state is converted where `state_bits` differs;
+    - state is converted where `state_bits` differs, to the nearest codes;
     - histories of `clip="tensor"` are taken over by an optimizer that clips so; where there are none, they begin.
 
     Raises:
@@ -105,6 +108,11 @@ def read(
             f"optimizer ({len(param_groups)}); build the optimizer with the groups of the run that saved it"
         )
     for i, (group, saved) in enumerate(zip(param_groups, saved_groups, strict=True)):
+        if not (isinstance(saved, Mapping) and _is_list_of_keys(saved.get("params"))):
+            got = f"one with {_names(saved)}" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
+            raise ValueError(
+                f"group {i} of the checkpoint is {got}; expected its settings and 'params', the list of its parameters"
+            )
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's "
@@ -119,7 +127,7 @@ def read(
         same_rule = _check_rule(group, list(held.values()))
         found.ages.append({})
         for place, (p, value) in zip(where, held.items(), strict=True):
-            found.ages[-1][p] = _age(value, place)
+            found.ages[-1][p] = _age(value, saved, rule_of(group), place)
             found.state[p] = _state(value, p, rule_of(group), state_bits, place)
             if clip == "tensor" and "clip" in value:
                 found.state[p]["clip"] = _history(value["clip"], place)
@@ -134,6 +142,10 @@ def read(
         if key not in known:  # as torch does: state of no parameter is kept as it is
             found.state[key] = value
     return found
+
+
+def _is_list_of_keys(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(key, (int, str)) for key in value)
 
 
 def _names(values: Any) -> str:
@@ -177,13 +189,18 @@ def _check_rule(group: Group, held: list[Any]) -> bool:
     return keys & moments == wanted
 
 
-def _age(value: Mapping[str, Any], place: str) -> float:
-    """Steps that a state has seen; 0 where it does not say (Lion's may not, and Lion has no bias correction)."""
-    step = value.get("step", 0.0)
+def _age(value: Mapping[str, Any], saved: Group, rule: str, place: str) -> float:
+    """Steps that a state has seen, by itself or by its group (apex); 0 where neither says and the rule does not ask."""
+    step = given = value.get("step", saved.get("step", None if RULES[rule].ages else 0.0))
+    if given is None:
+        raise ValueError(
+            f"{place} of the checkpoint has no step, and its group has none: the {rule} rule corrects young moments by "
+            "the steps that they have seen; add 'step' to the state, or start without this checkpoint"
+        )
     if isinstance(step, Tensor):
         step = step.item() if step.numel() == 1 else math.nan
     if not (isinstance(step, (int, float)) and 0 <= step < math.inf):
-        raise ValueError(f"{place} of the checkpoint: step is {value['step']!r}; expected a number of at least 0")
+        raise ValueError(f"{place} of the checkpoint: step is {given!r}; expected a number of at least 0")
     return float(step)
 
 
@@ -201,14 +218,15 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
     """A parameter's state in the form that the optimizer keeps, on the parameter's device."""
     kept: dict[str, Any] = {}
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    for name in RULES[rule].state:
+    for name, wanted in zip(RULES[rule].state, RULES[rule].codecs(state_bits), strict=True):
         given, scale = _tensor(value, name, place), value.get(scale_name(name))
-        if given.shape != param.shape or distributed.is_sharded(given) != distributed.is_sharded(param):
+        coded = codec_of(name, given)
+        shape = param.shape if coded.packed == 1 else distributed.codes_like(param, coded).shape
+        if given.shape != shape or distributed.is_sharded(given) != distributed.is_sharded(param):
             raise ValueError(
                 f"{place} of the checkpoint: {name} has shape {tuple(given.shape)} for a parameter of shape "
                 f"{tuple(param.shape)}; it belongs to another model"
             )
-        coded = codec_of(given)
         if coded.block:
             values, scale = given, _scale(value, name, param, coded, place)
         elif given.is_floating_point():
@@ -217,13 +235,13 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
                     f"{place} of the checkpoint: {name} is {given.dtype} beside {scale_name(name)}; "
                     "only codes have scales"
                 )
-            values = _finite(given, name, place)
+            values = _finite(_finite(given, name, place).to(wide), f"{name} in {wide}", place)
         else:
             raise ValueError(f"{place} of the checkpoint: {name} is {given.dtype}; expected floating point or codes")
         if name.endswith("_sq") and bool((distributed.local(values) < 0).any()):
             raise ValueError(f"{place} of the checkpoint: {name} has negative values; it is a mean of squares")
         values = values.to(param.device).clone()
-        if coded.bits == state_bits:
+        if coded == wanted:
             kept[name] = values.to(wide) if scale is None else values
             if scale is not None:
                 kept[scale_name(name)] = scale.to(param.device).clone()
@@ -231,9 +249,9 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
             raise ValueError("state_bits of the checkpoint and the optimizer differ, which sharded states do not allow")
         else:
             if scale is not None:
-                values = dequantize_blockwise(values, scale.to(param.device))
-            if CODECS[state_bits].block:
-                kept[name], kept[scale_name(name)] = quantize_blockwise(values, bits=state_bits)
+                values = dequantize_blockwise(values, scale.to(param.device), codec=coded.name, shape=param.shape)
+            if wanted.block:
+                kept[name], kept[scale_name(name)] = quantize_blockwise(values, codec=wanted.name)
             else:
                 kept[name] = values.to(wide)
     return kept
@@ -281,6 +299,9 @@ def _control(row: Any, saved_mode: Any, mode: str, place: str) -> Tensor | None:
             f"({L.NUM_SLOTS},); load it with the version that saved it"
         )
     row = row.detach().cpu().clone()
+    seed = row[L.SEED]
+    if not (0 <= seed < 1 << 24 and seed == seed.floor()):
+        raise ValueError(f"{place} of the checkpoint: its seed is {seed:g}; expected a whole number below 2^24")
     state = row[L.NUM_INPUTS : L.OUTPUTS]
     if not bool(state.isfinite().all()):
         raise ValueError(f"{place} of the checkpoint: its control state has values that are not finite")

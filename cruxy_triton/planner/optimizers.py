@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-# State bits: (bytes of one value, values that share one 2-byte scale or 0): `cruxy_kernels.CODECS`, without torch.
-CODECS = {32: (4, 0), 8: (1, 64)}
+# State bits: (values per byte, values that share one 2-byte scale or 0): `cruxy_kernels.CODECS`, without torch.
+CODECS = {32: (0.25, 0), 8: (1, 64), 4: (2, 64)}
 SCALE = 2  # bytes
 
 
@@ -21,22 +22,24 @@ class Optimizer:
 
     def tensors(self, n: int) -> list[int]:
         """Bytes of each state tensor of a parameter of `n` elements."""
-        width, shared = CODECS[self.bits]
-        each = [n * width] + ([SCALE * -(-n // shared)] if shared else [])
+        packed, shared = CODECS[self.bits]
+        each = [math.ceil(n / packed)] + ([SCALE * -(-n // shared)] if shared else [])
         return each * self.moments
 
     @property
     def bytes_per_parameter(self) -> float:
-        width, shared = CODECS[self.bits]
-        return self.moments * (width + (SCALE / shared if shared else 0))
+        packed, shared = CODECS[self.bits]
+        return self.moments * (1 / packed + (SCALE / shared if shared else 0))
 
 
-# The first three are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is
+# Those of `cruxy` and `cruxy-lion` are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is
 # torch.optim.AdamW in its CUDA default (foreach), which makes the square roots of all exp_avg_sq at once.
 OPTIMIZERS = {
     "adamw-fp32": Optimizer(2, finetune="cruxy"),
+    "adamw-8bit": Optimizer(2, 8, finetune="cruxy"),
     "lion-fp32": Optimizer(1, finetune="cruxy-lion"),
     "lion-8bit": Optimizer(1, 8, finetune="cruxy-lion"),
+    "lion-4bit": Optimizer(1, 4, finetune="cruxy-lion"),
     "torch-adamw": Optimizer(2, transient=4, finetune="adamw"),
     "sgd": Optimizer(0, finetune="sgd"),
 }

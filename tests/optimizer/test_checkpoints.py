@@ -17,8 +17,10 @@ from cruxy_triton import CruxyOptimizer, MetaLion
 
 SETTINGS = {
     "adamw": {"use_lion": False},
+    "adamw8": {"use_lion": False, "state_bits": 8},
     "lion": {"use_lion": True, "betas": (0.9, 0.99)},
     "lion8": {"use_lion": True, "betas": (0.9, 0.99), "state_bits": 8},
+    "lion4": {"use_lion": True, "betas": (0.9, 0.99), "state_bits": 4},
 }
 
 
@@ -112,7 +114,7 @@ def test_resume_is_bit_exact(mode, codec, way):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_parameters_dtype_does_not_leak_into_the_state(codec, dtype):
-    if dtype == torch.float64 and codec.get("state_bits") == 8:
+    if dtype == torch.float64 and codec.get("state_bits", 32) != 32:
         with pytest.raises(ValueError, match="float64"):
             make(dtype, **codec)
         return
@@ -123,9 +125,8 @@ def test_the_parameters_dtype_does_not_leak_into_the_state(codec, dtype):
     resumed.load_state_dict(through_torch_save(optimizer.state_dict()))
     for p in other.parameters():
         state = resumed.state[p]
-        expected = (
-            torch.int8 if "exp_avg_scale" in state else torch.float64 if dtype == torch.float64 else torch.float32
-        )
+        expected = {8: torch.int8, 4: torch.uint8}.get(codec.get("state_bits"))
+        expected = expected or (torch.float64 if dtype == torch.float64 else torch.float32)
         assert state["exp_avg"].dtype == expected
     train(model, optimizer, 12, 24)
     train(other, resumed, 12, 24)
@@ -246,6 +247,35 @@ def test_a_plain_adamw_is_taken_over():
     assert optimizer.metrics()["step"] == 1
 
 
+def test_the_step_of_a_group_is_that_of_its_tensors():
+    """apex keeps the age of all moments in their group."""
+    model, optimizer = make()
+    theirs = foreign(torch.optim.AdamW, model, lr=2e-3)
+    train(model, theirs, 0, 10)
+    state_dict = through_torch_save(theirs.state_dict())
+    for group in state_dict["param_groups"]:
+        group["step"] = 10
+        for index in group["params"]:
+            del state_dict["state"][index]["step"]
+    optimizer.load_state_dict(state_dict)
+    assert [float(state["step"]) for state in optimizer.state_dict()["state"].values()] == [10] * 4
+    assert "step" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_the_seed_of_a_run_goes_on(steps):
+    """16-bit parameters are rounded with bits of the seed."""
+    model, optimizer = make(torch.bfloat16, seed=7)
+    train(model, optimizer, 0, steps)
+    other, resumed = make(torch.bfloat16)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_torch_save(optimizer.state_dict()))
+    assert resumed.seed == 7
+    train(model, optimizer, steps, 12)
+    train(other, resumed, steps, 12)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_plain_lion_is_taken_over(bits):
     model, optimizer = make(use_lion=True, state_bits=bits)
@@ -287,7 +317,7 @@ def test_between_modes():
     assert v1.state_dict()["state"][0]["step"] == 10
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
+@pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8), (4, 32), (32, 4), (8, 4), (4, 8)])
 def test_between_codecs(before, after):
     model, optimizer = make(use_lion=True, state_bits=before)
     train(model, optimizer, 0, 10)
@@ -297,13 +327,14 @@ def test_between_codecs(before, after):
 
     def momentum(o: CruxyOptimizer, p: torch.Tensor) -> torch.Tensor:
         state = o.state[p]
-        coded = state["exp_avg"].dtype == torch.int8
-        return dequantize_blockwise(state["exp_avg"], state["exp_avg_scale"]) if coded else state["exp_avg"]
+        if o.state_bits == 32:
+            return state["exp_avg"]
+        return dequantize_blockwise(state["exp_avg"], state["exp_avg_scale"], bits=o.state_bits, shape=p.shape)
 
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         old, new = momentum(optimizer, p), momentum(loaded, q)
-        # Softsign codes are 1/21 apart at the scale and finer below: half of that, of the largest value.
-        assert (old - new).abs().max() <= old.abs().max() / 40
+        # Softsign codes of 8 bits are 1/31 apart at the scale, those of 4 bits 2/5, and finer below: half of that.
+        assert (old - new).abs().max() <= old.abs().max() * (1 / 40 if 4 not in (before, after) else 1 / 4.9)
     train(other, loaded, 10, 12)
 
 
@@ -399,6 +430,7 @@ DAMAGE = {
     "fp32 scales": ("lion8", put("state", 0, "exp_avg_scale", lambda t: t.float()), "exp_avg_scale is torch.float32"),
     "NaN scales": ("lion8", put("state", 0, "exp_avg_scale", with_value(math.nan)), "exp_avg_scale has values"),
     "negative scales": ("lion8", put("state", 0, "exp_avg_scale", with_value(-1.0)), "exp_avg_scale has negative"),
+    "short packed codes": ("lion4", put("state", 0, "exp_avg", lambda t: t[:-1]), "exp_avg has shape"),
     "scales of floats": ("lion8", put("state", 0, "exp_avg", lambda t: t.float()), "only codes have scales"),
     "negative step": ("adamw", put("state", 0, "step", torch.tensor(-1.0)), "step is"),
     "NaN step": ("adamw", put("state", 0, "step", torch.tensor(math.nan)), "step is"),
@@ -415,6 +447,19 @@ DAMAGE = {
     "betas above 1": ("adamw", put("param_groups", 1, "betas", (1.5, 2.0)), "group 1.*betas"),
     "negative rate": ("lion", put("param_groups", 0, "lr", -1.0), "group 0.*lr is -1.0"),
     "NaN decay": ("lion8", put("param_groups", 0, "weight_decay", math.nan), "group 0.*weight_decay is nan"),
+    "a switch of text": ("adamw", put("param_groups", 1, "maximize", "no"), "group 1.*maximize is 'no'"),
+    "a rate of text": ("adamw", put("param_groups", 1, "lr", "fast"), "group 1.*lr is 'fast'"),
+    "betas of one": ("lion", put("param_groups", 1, "betas", 0.9), "group 1.*betas is 0.9"),
+    "a group that is a list": ("adamw", put("param_groups", 1, [1]), "group 1 of the checkpoint is a list; expected"),
+    "a group without tensors": ("lion", drop("param_groups", 1, "params"), "group 1 of the checkpoint is one with"),
+    "a number of tensors": ("adamw", put("param_groups", 0, "params", 3), "expected its settings and 'params'"),
+    "lists of tensors": ("adamw", put("param_groups", 0, "params", [[0], [1]]), "expected its settings and 'params'"),
+    "no step": ("adamw", drop("state", 1, "step"), "has no step"),
+    "too large": (
+        "adamw", put("state", 1, "exp_avg", lambda t: t.double() + 1e300), "exp_avg in torch.float32 has values that",
+    ),
+    "half a seed": ("adamw", slot(L.SEED, 0.5), "seed is 0.5"),
+    "NaN seed": ("lion", slot(L.SEED, math.nan), "seed is nan"),
     "no groups": ("adamw", drop("param_groups"), "'state' and 'param_groups'"),
     "no state": ("adamw", put("state", None), "'state' and 'param_groups'"),
 }
