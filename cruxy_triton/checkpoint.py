@@ -41,7 +41,7 @@ NON_NEGATIVE = (
 )  # fmt: skip
 
 
-def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], seed: int) -> dict[str, Any]:
     """The state_dict of these groups and states. Moments are shared with the optimizer, as in torch.
 
     A state whose tensor is in no group (any more) is left out.
@@ -51,6 +51,8 @@ def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]]) -> 
         {**group, "control": group["control"].clone(), "params": [index[p] for p in group["params"]]}
         for group in param_groups
     ]
+    for group in packed:
+        group["control"][L.SEED] = seed  # before the first step it is not there yet
     states = {
         index.get(key, key): value | {name: value[name].clone() for name in groups.NO_MOMENTS if name in value}
         for key, value in state.items()
@@ -106,6 +108,11 @@ def read(
             f"optimizer ({len(param_groups)}); build the optimizer with the groups of the run that saved it"
         )
     for i, (group, saved) in enumerate(zip(param_groups, saved_groups, strict=True)):
+        if not (isinstance(saved, Mapping) and _is_list_of_keys(saved.get("params"))):
+            got = f"one with {_names(saved)}" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
+            raise ValueError(
+                f"group {i} of the checkpoint is {got}; expected its settings and 'params', the list of its parameters"
+            )
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's "
@@ -120,7 +127,7 @@ def read(
         same_rule = _check_rule(group, list(held.values()))
         found.ages.append({})
         for place, (p, value) in zip(where, held.items(), strict=True):
-            found.ages[-1][p] = _age(value, place)
+            found.ages[-1][p] = _age(value, saved, rule_of(group), place)
             found.state[p] = _state(value, p, rule_of(group), state_bits, place)
             if clip == "tensor" and "clip" in value:
                 found.state[p]["clip"] = _history(value["clip"], place)
@@ -135,6 +142,10 @@ def read(
         if key not in known:  # as torch does: state of no parameter is kept as it is
             found.state[key] = value
     return found
+
+
+def _is_list_of_keys(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(key, (int, str)) for key in value)
 
 
 def _names(values: Any) -> str:
@@ -178,13 +189,18 @@ def _check_rule(group: Group, held: list[Any]) -> bool:
     return keys & moments == wanted
 
 
-def _age(value: Mapping[str, Any], place: str) -> float:
-    """Steps that a state has seen; 0 where it does not say (Lion's may not, and Lion has no bias correction)."""
-    step = value.get("step", 0.0)
+def _age(value: Mapping[str, Any], saved: Group, rule: str, place: str) -> float:
+    """Steps that a state has seen, by itself or by its group (apex); 0 where neither says and the rule does not ask."""
+    step = given = value.get("step", saved.get("step", None if RULES[rule].ages else 0.0))
+    if given is None:
+        raise ValueError(
+            f"{place} of the checkpoint has no step, and its group has none: the {rule} rule corrects young moments by "
+            "the steps that they have seen; add 'step' to the state, or start without this checkpoint"
+        )
     if isinstance(step, Tensor):
         step = step.item() if step.numel() == 1 else math.nan
     if not (isinstance(step, (int, float)) and 0 <= step < math.inf):
-        raise ValueError(f"{place} of the checkpoint: step is {value['step']!r}; expected a number of at least 0")
+        raise ValueError(f"{place} of the checkpoint: step is {given!r}; expected a number of at least 0")
     return float(step)
 
 
@@ -219,7 +235,7 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
                     f"{place} of the checkpoint: {name} is {given.dtype} beside {scale_name(name)}; "
                     "only codes have scales"
                 )
-            values = _finite(given, name, place)
+            values = _finite(_finite(given, name, place).to(wide), f"{name} in {wide}", place)
         else:
             raise ValueError(f"{place} of the checkpoint: {name} is {given.dtype}; expected floating point or codes")
         if name.endswith("_sq") and bool((distributed.local(values) < 0).any()):
@@ -283,6 +299,9 @@ def _control(row: Any, saved_mode: Any, mode: str, place: str) -> Tensor | None:
             f"({L.NUM_SLOTS},); load it with the version that saved it"
         )
     row = row.detach().cpu().clone()
+    seed = row[L.SEED]
+    if not (0 <= seed < 1 << 24 and seed == seed.floor()):
+        raise ValueError(f"{place} of the checkpoint: its seed is {seed:g}; expected a whole number below 2^24")
     state = row[L.NUM_INPUTS : L.OUTPUTS]
     if not bool(state.isfinite().all()):
         raise ValueError(f"{place} of the checkpoint: its control state has values that are not finite")

@@ -20,6 +20,7 @@ Group = dict[str, Any]
 
 # Flags of a rule that a group knows under another name.
 SETTING_OF_FLAG = {"nesterov": "use_nesterov", "decoupled": "decoupled_weight_decay"}
+SWITCHES = ("use_lion", "use_nesterov", "decoupled_weight_decay", "use_gc", "maximize", "capturable")
 # What a tensor's state holds beside the rule's buffers and their scales: views of what the optimizer keeps itself.
 NO_MOMENTS = ("step", "clip")
 # Settings of the whole optimizer, which a group cannot have of its own.
@@ -57,7 +58,7 @@ def rule_of(group: Group) -> str:
 
 def settings_of(group: Group) -> Settings:
     rule = rule_of(group)
-    flags = [bool(group.get(SETTING_OF_FLAG.get(flag, flag), default)) for flag, default in RULES[rule].flags.items()]
+    flags = [group.get(SETTING_OF_FLAG.get(flag, flag), default) for flag, default in RULES[rule].flags.items()]
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else 0.0
@@ -75,6 +76,9 @@ def check(group: Group, state_bits: int) -> None:
     """Raise ValueError where a group's settings cannot be used; the message says what was expected."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {group['lr'].numel()} elements")
+    for name in SWITCHES:
+        if not isinstance(group.get(name, False), bool):
+            raise ValueError(f"{name} is {group[name]!r}; expected True or False")
     settings = settings_of(group)
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(settings, name)
@@ -135,6 +139,11 @@ def warn_of_betas(mode: str, rule: str, betas: Any) -> None:
 
 def is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_number(v) for v in value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number of at least 0; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def is_number(value: Any) -> bool:

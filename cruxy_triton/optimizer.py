@@ -60,13 +60,15 @@ class CruxyOptimizer(Optimizer):
             place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
-        seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24.
+        seed: of the random bits with which 16-bit parameters are rounded, a whole number below 2^24; checkpoints
+            hold it. Two optimizers of one seed round their tensors with the same bits: give each its own.
         state_bits: 32 or 8, for the Lion rule also 4: codes with a bfloat16 scale for each 64 values, 1.03 bytes per
             parameter and buffer with 8 bits (Lion has one, AdamW two), 0.53 with 4. 4 bits and AdamW's second moment
             are rounded at random, with bits of `seed`.
         backend: "triton", "native" or "torch"; None lets the device decide (`cruxy_kernels.explain_backend`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
-            hold the step (changing learning rates then have to be tensors).
+            hold the step (changing learning rates then have to be tensors). Every step then has the 8 small
+            launches of the slow loop, not every tenth.
         history: how many past steps `history()` remembers (448 bytes each, on the parameters' device).
         process_group: over which ranks the loss is averaged when torch.distributed runs: "auto" is all of
             them, None is none. Statistics of DTensor parameters are always combined over their mesh.
@@ -117,7 +119,7 @@ class CruxyOptimizer(Optimizer):
         if mode not in L.LAWS:
             hint = f" (for a learning rate of {mode} write lr={mode})" if isinstance(mode, (float, Tensor)) else ""
             raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(L.LAWS)}{hint}")
-        if not (isinstance(meta_interval, int) and meta_interval >= 1):
+        if not (groups.is_count(meta_interval) and meta_interval >= 1):
             raise ValueError(f"meta_interval is {meta_interval!r}; expected a whole number of steps, at least 1")
         if not (groups.is_number(gamma_norm) and 1.0 <= gamma_norm <= 4.0):
             raise ValueError(f"gamma_norm is {gamma_norm!r}; expected a value from 1 to 4")
@@ -131,11 +133,13 @@ class CruxyOptimizer(Optimizer):
         known = sorted({bits for known in RULES.values() for bits in known.state_bits})
         if state_bits not in known:
             raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, known))}")
+        if not isinstance(guard, bool):
+            raise ValueError(f"guard is {guard!r}; expected True or False")
         if clip not in CLIPPING:
             raise ValueError(f"clip is {clip!r}; expected one of {', '.join(map(repr, CLIPPING))}")
-        if not (isinstance(history, int) and history >= 0):
+        if not groups.is_count(history):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
-        if not (isinstance(seed, int) and 0 <= seed < 1 << 24):
+        if not (groups.is_count(seed) and seed < 1 << 24):
             raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to below 2^24")
         self.mode = mode
         self.state_bits = state_bits
@@ -340,6 +344,8 @@ class CruxyOptimizer(Optimizer):
                         "CruxyOptimizer does not support sparse gradients; "
                         "use dense ones (for example Embedding(sparse=False))"
                     )
+                if grad.is_neg():  # kernels read what lies in memory, and that is the other sign
+                    grad = p.grad = grad.resolve_neg()
                 state, number = self._state[p], self._rows.number[p]
                 if not state:
                     self._init_state(p, rule, state)
@@ -449,7 +455,7 @@ class CruxyOptimizer(Optimizer):
             pre_hook(self)
         self._rows.follow(self.param_groups)
         self._rows.link(self.state, self.mode)
-        state_dict = checkpoint.pack(self.param_groups, self.state)
+        state_dict = checkpoint.pack(self.param_groups, self.state, self.seed)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:
@@ -474,6 +480,7 @@ class CruxyOptimizer(Optimizer):
         self._rows.follow(loaded.groups)
         for index, (control, ages) in enumerate(zip(loaded.controls, loaded.ages, strict=True)):
             self._rows.restore(index, control, ages)
+            self.seed = self.seed if control is None else int(control[L.SEED])
         self._rows.link(self._state, self.mode)
         self._settings = []
         self._history.begin(self.control[0])

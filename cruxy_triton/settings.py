@@ -251,6 +251,9 @@ class Settings:
     lora_r: int = _lora(16, "rank of the adapters", minimum=1, maximum=4096, metavar="R", searched=True)
     lora_alpha: float = _lora(None, "scale of the adapters is A/R", above=0, metavar="A", left_open="twice R")
     lora_dropout: float = _lora(0.0, "dropout before the adapters", minimum=0, below=1, metavar="P")
+    use_rslora: bool = _lora(False, "scale A/sqrt(R) in place of A/R (rsLoRA)", commands=FINETUNE, configures=False)
+    loraplus_lr_ratio: float = _lora(1.0, "learning rate of the B matrices over that of the A matrices (LoRA+)",
+                                     above=0, metavar="N", commands=FINETUNE, configures=False)  # fmt: skip
     target_modules: list[str] = _lora(  # noqa: RUF009 (a field with a factory)
         [ALL_LINEAR], "layers with adapters, as A B or A,B", metavar="NAME", searched=True
     )
@@ -429,7 +432,6 @@ RENAMED = {
     "--optimizer torch-adamw": "--optimizer adamw",
 }
 GONE = {
-    "--accumulation": "--batch-size N is what an optimizer step sees, in micro-batches of "
-    "--micro-batch-size",
+    "--accumulation": "--batch-size N is what an optimizer step sees, in micro-batches of --micro-batch-size",
     "--precision": "--dtype float16|bfloat16|float32, or --load-in-4bit",
 }

@@ -33,13 +33,13 @@ SMALL = {**LLAMA, "hf_id": "owner/small"}
 # For each field of a configuration: plans that differ in it, as (card, settings given).
 VARIED = {
     "max_seq_length": [("t4", {"max_seq_length": 384})],
-    "dtype": [("rtx3060", {"dtype": name}) for name in ("float16", "bfloat16", "float32")] + [("t4", NF4)],
-    "load_in_4bit": [("rtx3060", NF4), ("rtx3060", {**NF4, "dtype": "float16"})],
+    "dtype": [("rtx3060-12gb", {"dtype": name}) for name in ("float16", "bfloat16", "float32")] + [("t4", NF4)],
+    "load_in_4bit": [("rtx3060-12gb", NF4), ("rtx3060-12gb", {**NF4, "dtype": "float16"})],
     "double_quant": [("t4", {**NF4, "double_quant": value}) for value in (True, False)],
     "device": [(Card.cpu("8GiB"), {}), ("t4", {})],
     "vram_bytes": [(Card.budget(size), {}) for size in ("3GiB", "3900MiB", "4GB", 3_000_000_001)],
     "attention": [("t4", {"attention": kind}) for kind in ("efficient", "math", "eager")]
-    + [("rtx3060", {"attention": kind}) for kind in ("flash", "efficient", "math")]
+    + [("rtx3060-12gb", {"attention": kind}) for kind in ("flash", "efficient", "math")]
     + [(Card.cpu("8GiB"), {"attention": kind}) for kind in ("sdpa-cpu", "eager")],
     "gradient_checkpointing": [("t4", {"gradient_checkpointing": value}) for value in (True, False)],
     "chunked_loss": [("t4", {"chunked_loss": value}) for value in (True, False)],

@@ -26,7 +26,7 @@ MODEL is a name of profiles/models (tinyllama-1.1b), a Hugging Face id, a folder
 
   cruxy-triton plan tinyllama-1.1b --gpu gtx1650
   cruxy-triton plan Qwen/Qwen2.5-1.5B --vram 4GiB --max-seq-length 2048 --save plan.json
-  cruxy-triton plan ./my-model --gpu rtx3060 --os windows --json
+  cruxy-triton plan ./my-model --gpu rtx3060-12gb --os windows --json
 
 exit codes: 0 fits, 1 does not fit, 2 bad input
 """

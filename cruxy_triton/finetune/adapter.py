@@ -61,8 +61,8 @@ def find(name: str, base: str | None = None) -> Source:
     if not run and (folder.parent / "run.json").is_file():
         run = _read(folder.parent / "run.json")
     config = _read(folder / CONFIG)
-    named = config.get("base_model_name_or_path")
-    if base is None and not named:
+    named = base or config.get("base_model_name_or_path")
+    if not named:
         raise UserError(f"{folder / CONFIG} names no base model; give it with --base")
     if base is None and named.startswith(("/", "~", ".")) and not Path(named).expanduser().is_dir():
         raise UserError(
@@ -70,7 +70,7 @@ def find(name: str, base: str | None = None) -> Source:
             "Face id with --base"
         )
     return Source(
-        base=base or named,
+        base=named,
         revision=config.get("revision") if base is None else None,
         adapter=folder,
         asked=run.get("records", {}).get("asked"),

@@ -335,6 +335,7 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
         # peft declares an int but computes alpha / r, so halves are as good
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.lora_dropout,
+        use_rslora=recipe.use_rslora,
         target_modules=targets,
         exclude_modules=excluded or None,
         task_type="CAUSAL_LM",

@@ -10,9 +10,14 @@ from cruxy_triton.guard import Regime
 from cruxy_triton.guard import plot as guard_plot
 
 MIB = 1 << 20
-SHOWN_EVENTS = 20
-CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 SHOWN_SAMPLES = 5
+SHOWN_EVENTS = 20
+CARD_SETTINGS = (
+    "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "target_modules",
+    "optimizer", "mode", "lr", "lr_schedule",
+    "warmup_fraction", "weight_decay", "batch_size", "max_seq_length", "load_in_4bit", "seed",
+)  # fmt: skip
+CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
@@ -23,25 +28,60 @@ def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, A
     tokenizer.save_pretrained(partial)
     base = run["recipe"]["model"]
     licence = _licence(Path(base))
-    lines = ["---", f"base_model: {base}", "library_name: peft", *licence, "---", ""]
-    lines += [
-        f"LoRA adapter for {base}, made by cruxy-triton {run['versions'].get('cruxy-triton', '')} from "
-        f"{run['recipe']['data']}. It is of use with that model only, whose licence applies to it too; `report.md` and "
-        "`run.json` beside this folder say how it was trained.",
-        "",
-    ]
+    lines = ["---", f"base_model: {_shared_name(base)}", "library_name: peft", *licence, "---", "", *_card(run), ""]
     (partial / "README.md").write_text("\n".join(lines), encoding="utf-8")
     for path in partial.iterdir():
         files.make_readable(path)
     files.move_folder(partial, folder.adapter)
 
 
-def _licence(model: Path) -> list[str]:
-    """The lines about the licence in the card of a model folder."""
+def _shared_name(model: str) -> str:
+    """The id by which others know the model: of a folder, what its own card says it was made from."""
+    return next(iter(_header(Path(model), "base_model")), model).removeprefix("base_model:").strip()
+
+
+def _card(run: dict[str, Any]) -> list[str]:
+    """What whoever finds the adapter alone has to know: its base, how it was trained, what it reached."""
+    recipe, result = run["recipe"], run["result"]
+    before, after = result["before"], result["after"]
+    base, shared = recipe["model"], _shared_name(recipe["model"])
+    data = Path(recipe["data"]).name if Path(recipe["data"]).exists() else recipe["data"]
+    lines = [
+        f"LoRA adapter for {shared}, made by cruxy-triton {run['versions'].get('cruxy-triton', '')} from "
+        f"{data}. It is of use with that model only, whose licence applies to it too.",
+    ]
+    if Path(base).is_dir():
+        same = f"; by its card it is {shared} in another form" if shared != base else ""
+        lines += [
+            "",
+            f"The base was the folder {base} of the machine it was trained on{same}. `base_model_name_or_path` in "
+            "adapter_config.json names that folder: elsewhere give peft the base model yourself.",
+        ]
+    held_out = f"{after['sequences']} held-out sequences, {after['tokens']:,} tokens"
+    lines += [
+        "",
+        f"| {held_out} | before | after |",
+        "|---|---|---|",
+        f"| loss (nats per token) | {before['loss']:.4f} | {after['loss']:.4f} |",
+        f"| perplexity | {before['perplexity']:.3f} | {after['perplexity']:.3f} |",
+        "",
+        f"| after {result['step']} steps | |",
+        "|---|---|",
+    ]
+    return lines + [f"| {name} | {recipe[name]} |" for name in CARD_SETTINGS if recipe[name] is not None]
+
+
+def _header(model: Path, field: str) -> list[str]:
+    """The lines of `field` in the header of the card in a model folder."""
     card = model / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    return re.findall(r"^license(?:_name|_link)?:.*$", header[1], re.MULTILINE) if header else []
+    return re.findall(rf"^{field}:.*$", header[1], re.MULTILINE) if header else []
+
+
+def _licence(model: Path) -> list[str]:
+    """The lines about the licence in the card of a model folder."""
+    return _header(model, "license(?:_name|_link)?")
 
 
 def write(folder: RunFolder, run: dict[str, Any]) -> None:
@@ -176,7 +216,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"| base weights | {run['weights']['total']:,} in {run['dtype']}, {run['weights']['quantized']:,} of them in 4 "
         f"bits; gradient checkpointing {'on' if recipe['gradient_checkpointing'] else 'off'} |",
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
-        f"{', '.join(recipe['target_modules'])}: {run['trainable_parameters']:,} parameters (float32) |",
+        f"{', '.join(recipe['target_modules'])}{', scaled by 1/sqrt(r)' if recipe['use_rslora'] else ''}: "
+        f"{run['trainable_parameters']:,} parameters (float32) |",
         f"| optimizer | {recipe['optimizer']}"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"

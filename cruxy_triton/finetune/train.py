@@ -41,8 +41,19 @@ TENSOR_RATIO = 1.05  # and under --clip tensor: AdaGC's multiple of a tensor's o
 GUARD_STATE = "guard.pt"  # of a checkpoint
 
 
-def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `parameters` (float32 adapters)."""
+def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
+    """The adapters' parameters; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if recipe.loraplus_lr_ratio == 1:
+        return [p for _, p in named]
+    larger = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
+    known = {id(p) for p in larger}
+    others = [p for _, p in named if id(p) not in known]
+    return [{"params": others}, {"params": larger, "lr": recipe.lr * recipe.loraplus_lr_ratio}]
+
+
+def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `parameters` (float32 adapters, or groups of them)."""
     if recipe.optimizer in ("adamw", "sgd"):
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
         return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -162,7 +173,7 @@ class Trainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.recipe, parameters)
+        self.optimizer = make_optimizer(self.recipe, parameter_groups(self.recipe, self.peft_model))
         ours = isinstance(self.optimizer, CruxyOptimizer)
 
         def hand_on(optimizer: Any, *_: Any) -> None:

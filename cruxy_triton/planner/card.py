@@ -219,11 +219,13 @@ def _cards_called(text: str) -> list[str]:
     cards = profiles("gpus")
     wanted = simple(re.sub(r"(?i)\b(nvidia|geforce|gpu)\b", "", text))
     found = [name for name in cards if simple(name) == wanted]
-    return found or [
-        name
-        for name, data in cards.items()
-        if wanted in (simple(x) for x in (*data.get("aliases", ()), data.get("name", "").replace("GeForce", "")))
-    ]
+    return found or [name for name, data in cards.items() if wanted in map(simple, _names(data))]
+
+
+def _names(data: Mapping[str, Any]) -> list[str]:
+    """What a profile's card is called: by its aliases, and by its name with and without its memory."""
+    name = data.get("name", "").replace("GeForce", "")
+    return [*data.get("aliases", ()), name, re.sub(r"\d+ GB$", "", name)]
 
 
 def load_card(card: str | int | Path | Card) -> Card:

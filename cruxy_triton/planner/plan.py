@@ -65,8 +65,9 @@ class Plan:
 
     components: the process at its peak, by component; they sum to `peak_bytes`.
     phases: peak allocated by PyTorch in each phase of a step (without context and allocator).
-    allocated_bytes: the highest of `phases`. reserved_bytes: what PyTorch would have reserved on a card without
-    limits. peak_bytes: the least memory in which the process survives, CUDA context included.
+    allocated_bytes: what PyTorch's allocator would have handed out at the peak; up to 1 % above the highest of
+    `phases`, because it hands out rests too small to split. reserved_bytes: what it would have reserved on a card
+    without limits. peak_bytes: the least memory in which the process survives, CUDA context included.
     error_bytes: how far off peak_bytes may be, either way. tight: fits, but with less headroom than that.
     step_seconds: a lower bound (roofline) for one optimizer step, 0 where the card's speed is not known.
     folder: where the model was given as a folder, that folder.

@@ -65,7 +65,7 @@ def with_peft(base: Path, folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2"])
 def test_a_merged_model_answers_as_base_and_adapter_do(architecture: str, trained, small_model, tmp_path: Path) -> None:
     base = small_model(architecture)
-    folder = trained(model=str(base))
+    folder = trained(model=str(base), use_rslora=architecture == "llama")
     assert adapter.merge(adapter.find(str(folder)), tmp_path / "merged") == "float32"
     together = with_peft(base, folder)
     assert torch.allclose(plain(tmp_path / "merged"), together, atol=1e-5 * float(together.abs().max()))
@@ -74,6 +74,29 @@ def test_a_merged_model_answers_as_base_and_adapter_do(architecture: str, traine
     adapter.merge(adapter.find(str(folder / "adapter")), tmp_path / "half", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.allclose(plain(tmp_path / "half"), together, atol=0.05 * float(together.abs().max()))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / ADAPTER)
+
+
+def test_rslora_scales_by_the_root_and_lora_plus_moves_b_faster(trained) -> None:
+    """One step of plain descent from B = 0, where nothing but B moves: B is proportional to scale and rate."""
+    one = {"max_steps": 1, "optimizer": "sgd", "lr": 1e-4, "lora_r": 16, "sample_tokens": 0}
+    usual = weights(trained(output="usual", **one))
+    plus = weights(trained(output="plus", loraplus_lr_ratio=8.0, **one))
+    for name, before in usual.items():
+        assert torch.allclose(plus[name], (8 if "lora_B" in name else 1) * before, rtol=1e-5, atol=0), name
+    folder = trained(output="root", use_rslora=True, **one)
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["use_rslora"] is True
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = json.loads((folder / "run.json").read_text())["recipe"]["model"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
+    assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {32 / 16**0.5}
 
 
 def test_an_adapter_on_tied_embeddings_is_merged_into_them_alone(small_model, tmp_path: Path) -> None:

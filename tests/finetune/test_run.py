@@ -364,7 +364,7 @@ def test_a_model_is_read_once(train, small_model, tmp_path: Path) -> None:
 def test_paths_are_kept_whole_and_the_adapter_can_be_published(train, small_model, sums, tmp_path, monkeypatch) -> None:
     model = tmp_path / "elsewhere" / "model"
     shutil.copytree(small_model(), model)
-    (model / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Model\n")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: owner/name\ntags: [x]\n---\n# Model\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
     shutil.copy(sums, "sums.jsonl")
     with monkeypatch.context() as patch:
@@ -374,8 +374,16 @@ def test_paths_are_kept_whole_and_the_adapter_can_be_published(train, small_mode
     adapter = tmp_path / "run" / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     assert (adapter / "README.md").read_text().startswith(
-        f"---\nbase_model: {model}\nlibrary_name: peft\nlicense: apache-2.0\n---\n"
+        "---\nbase_model: owner/name\nlibrary_name: peft\nlicense: apache-2.0\n---\n"
     )
+    card = (adapter / "README.md").read_text()
+    assert f"was the folder {model} of the machine it was trained on; by its card it is owner/name in another" in card
+    result = record(tmp_path / "run")["result"]
+    losses = f"| {result['before']['loss']:.4f} | {result['after']['loss']:.4f} |"
+    for shown in (losses, "after 4 steps", "| lr | 0.01 |"):
+        assert shown in card
+    assert "sums.jsonl" in card
+    assert str(tmp_path / "elsewhere" / "sums.jsonl") not in card
     umask = os.umask(0)
     os.umask(umask)
     assert {oct(p.stat().st_mode & 0o777) for p in adapter.iterdir()} == {oct(0o666 & ~umask)}

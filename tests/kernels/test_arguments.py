@@ -19,6 +19,7 @@ from cruxy_kernels import (
     lion_update_,
     new_control,
     quantize_blockwise,
+    refresh_outputs,
     update_,
 )
 from cruxy_kernels import layout as L
@@ -285,6 +286,7 @@ def test_control_refuses(place):
         ("log is torch.float32 of shape", (control, good), {"log": torch.zeros((5, 4), device=device)}),
         ("log is not contiguous", (control, good), {"log": torch.zeros((L.NUM_SLOTS, 5), device=device).t()}),
         ("log is on meta", (control, good), {"log": control.to("meta")}),
+        ("log has no row", (control, good), {"log": control[:0]}),
         ("telemetry is on meta", (control, good.to("meta")), {}),
         ("loss is on meta", (control, good, one.to("meta")), {}),
         ("expected one real number", (control, good, torch.zeros(2, device=device)), {}),
@@ -296,6 +298,27 @@ def test_control_refuses(place):
     for message, arguments, named in bad:
         assert message in same_refusal(place, control_step, *arguments, **named)
     assert torch.equal(control, before)
+
+
+def test_refresh_refuses(place):
+    control = new_control(2, device=place.device)
+    before = control.clone()
+    for message, log in (
+        ("log is torch.float32 of shape", control[:, :4]),
+        ("log is on meta", control.to("meta")),
+        ("log has no row", control[:0]),
+    ):
+        assert message in same_refusal(place, refresh_outputs, control, log=log)
+    assert torch.equal(control, before)
+
+
+def test_a_sign_that_is_only_a_bit_is_refused(place):
+    """Where a gradient's negative bit is set, memory holds the other sign."""
+    turned = torch._neg_view(torch.ones(100, device=place.device))
+    assert "resolve_neg" in same_refusal(place, gradient_telemetry, [turned])
+    arguments = call("lion", place.device)
+    arguments["grads"][0] = turned
+    assert "resolve_neg" in same_refusal(place, update_, **arguments)
 
 
 def test_codecs_refuse(place):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from cases import PLACES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +13,6 @@ from cruxy_kernels.laws.control import step_law
 from cruxy_kernels.laws.telemetry import combine
 
 GOOD = [1.0, 1.0, 1.0, 0.0]
-# The compiled loops have no law of their own: on a CPU it is the specification.
-pytestmark = pytest.mark.parametrize("place", [p for p in PLACES if p.backend != "native"], ids="-".join)
 each_law = pytest.mark.parametrize("law", L.LAWS)
 
 
@@ -190,6 +187,16 @@ def test_the_early_warning_halves_the_rate_once_an_interval(place):
         scale = new
     assert control[0, L.WARNINGS] > 5
     assert 1 <= halvings <= 2
+
+
+@each_law
+@pytest.mark.parametrize("telemetry", [GOOD, [math.nan, 1.0, 1.0, 0.0]])
+def test_cooldown_and_trend(place, control_rows, law, telemetry):
+    """The first counts down in steps that are taken; the second is of one step, taken or not."""
+    ours, reference = run(place, control_rows(1, **UNSTARTED, COOLDOWN=3.0, TREND=0.5), law, [telemetry] * 2, [1.0] * 2)
+    assert_close(ours, reference)
+    assert ours[0, L.COOLDOWN] == (1 if law == "stability_v2" and telemetry == GOOD else 3)
+    assert ours[0, L.TREND] == 0
 
 
 @each_law

@@ -45,6 +45,18 @@ def test_arguments(make, error, message):
         make(parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_lion", "no"), ("use_nesterov", 0), ("decoupled_weight_decay", None), ("use_gc", "yes"), ("maximize", 2),
+        ("capturable", "yes"), ("guard", "no"), ("history", True), ("seed", True), ("meta_interval", True),
+    ],
+)  # fmt: skip
+def test_switches_and_counts(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; expected"):
+        CruxyOptimizer(parameters(), **{name: value})
+
+
 def test_a_group_may_repeat_what_the_optimizer_says():
     """Groups that come from another optimizer have its settings in them."""
     old = CruxyOptimizer(parameters(), mode="stability_v2")
@@ -59,6 +71,8 @@ CHANGES = [
     ("eps", -1.0, "eps"),
     ("weight_decay", math.inf, "weight_decay"),
     ("use_lion", True, "states are of another rule"),
+    ("use_nesterov", "no", "use_nesterov is 'no'; expected True or False"),
+    ("maximize", 2, "maximize is 2"),
 ]
 
 
@@ -104,6 +118,23 @@ def test_losses(step, error, message):
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert torch.equal(optimizer.control, control)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_gradient_whose_sign_is_a_bit(backend):
+    """torch._neg_view: memory holds the other sign. In the first step, and in one that goes by a plan."""
+    ends = []
+    for turned in (False, True):
+        params = parameters()
+        optimizer = CruxyOptimizer(params, backend=backend, lr=0.1)
+        for step in range(4):
+            give_gradients(params)
+            if turned and step != 1:
+                for p in params:
+                    p.grad = torch._neg_view(p.grad.neg())
+            optimizer.step(loss=1.0)
+        ends.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
 
 
 # -- betas ---------------------------------------------------------------------------------------------------

@@ -247,6 +247,35 @@ def test_a_plain_adamw_is_taken_over():
     assert optimizer.metrics()["step"] == 1
 
 
+def test_the_step_of_a_group_is_that_of_its_tensors():
+    """apex keeps the age of all moments in their group."""
+    model, optimizer = make()
+    theirs = foreign(torch.optim.AdamW, model, lr=2e-3)
+    train(model, theirs, 0, 10)
+    state_dict = through_torch_save(theirs.state_dict())
+    for group in state_dict["param_groups"]:
+        group["step"] = 10
+        for index in group["params"]:
+            del state_dict["state"][index]["step"]
+    optimizer.load_state_dict(state_dict)
+    assert [float(state["step"]) for state in optimizer.state_dict()["state"].values()] == [10] * 4
+    assert "step" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_the_seed_of_a_run_goes_on(steps):
+    """16-bit parameters are rounded with bits of the seed."""
+    model, optimizer = make(torch.bfloat16, seed=7)
+    train(model, optimizer, 0, steps)
+    other, resumed = make(torch.bfloat16)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_torch_save(optimizer.state_dict()))
+    assert resumed.seed == 7
+    train(model, optimizer, steps, 12)
+    train(other, resumed, steps, 12)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_plain_lion_is_taken_over(bits):
     model, optimizer = make(use_lion=True, state_bits=bits)
@@ -418,6 +447,19 @@ DAMAGE = {
     "betas above 1": ("adamw", put("param_groups", 1, "betas", (1.5, 2.0)), "group 1.*betas"),
     "negative rate": ("lion", put("param_groups", 0, "lr", -1.0), "group 0.*lr is -1.0"),
     "NaN decay": ("lion8", put("param_groups", 0, "weight_decay", math.nan), "group 0.*weight_decay is nan"),
+    "a switch of text": ("adamw", put("param_groups", 1, "maximize", "no"), "group 1.*maximize is 'no'"),
+    "a rate of text": ("adamw", put("param_groups", 1, "lr", "fast"), "group 1.*lr is 'fast'"),
+    "betas of one": ("lion", put("param_groups", 1, "betas", 0.9), "group 1.*betas is 0.9"),
+    "a group that is a list": ("adamw", put("param_groups", 1, [1]), "group 1 of the checkpoint is a list; expected"),
+    "a group without tensors": ("lion", drop("param_groups", 1, "params"), "group 1 of the checkpoint is one with"),
+    "a number of tensors": ("adamw", put("param_groups", 0, "params", 3), "expected its settings and 'params'"),
+    "lists of tensors": ("adamw", put("param_groups", 0, "params", [[0], [1]]), "expected its settings and 'params'"),
+    "no step": ("adamw", drop("state", 1, "step"), "has no step"),
+    "too large": (
+        "adamw", put("state", 1, "exp_avg", lambda t: t.double() + 1e300), "exp_avg in torch.float32 has values that",
+    ),
+    "half a seed": ("adamw", slot(L.SEED, 0.5), "seed is 0.5"),
+    "NaN seed": ("lion", slot(L.SEED, math.nan), "seed is nan"),
     "no groups": ("adamw", drop("param_groups"), "'state' and 'param_groups'"),
     "no state": ("adamw", put("state", None), "'state' and 'param_groups'"),
 }

@@ -193,7 +193,7 @@ SAME = [
         ("phi-2", "t4"),
         {"load_in_4bit": True, "lora_r": 4, "target_modules": ["q_proj", "v_proj"], "double_quant": False},
     ),
-    ({"model": "smollm2-135m", "gpu": "rtx3060", "way": "full"}, ("smollm2-135m", "rtx3060"), {"method": "full"}),
+    ({"model": "smollm2-135m", "gpu": "rtx3070", "way": "full"}, ("smollm2-135m", "rtx3070"), {"method": "full"}),
     ({"model": "smollm2-360m", "gpu": "t4", "way": "lora-16"}, ("smollm2-360m", "t4"), {"load_in_4bit": False}),
 ]  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_bad_input(words, said, capsys):
 
 def test_json_and_save(tmp_path, capsys):
     path = tmp_path / "plan.json"
-    words = ["plan", "smollm2-135m", "--gpu", "rtx3060", "--max-seq-length", "256", "--os", "windows"]
+    words = ["plan", "smollm2-135m", "--gpu", "rtx3060-12gb", "--max-seq-length", "256", "--os", "windows"]
     assert main([*words, "--json", "--save", str(path)]) == 0
     shown = Plan.from_dict(json.loads(capsys.readouterr().out))
     assert shown == Plan.load(path)

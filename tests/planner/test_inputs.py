@@ -1,6 +1,8 @@
 """Configs and card names as people have them: what is meant is found, what makes no sense is said in one sentence."""
 
+import itertools
 import json
+import re
 
 import pytest
 
@@ -87,7 +89,7 @@ def test_defaults_are_transformers_own():
     [
         ("NVIDIA GeForce GTX 1650", "gtx1650-gddr5"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA GeForce RTX 3060", "rtx3060"),
+        ("NVIDIA GeForce RTX 3070", "rtx3070"),
         ("NVIDIA GeForce GTX 1660 SUPER", "gtx1660-super"),
         ("NVIDIA GeForce RTX 2080 Ti", "rtx2080-ti"),
         ("NVIDIA GeForce RTX 3050 Laptop GPU", "rtx3050-laptop-4gb"),
@@ -99,7 +101,20 @@ def test_the_drivers_names(name, known):
     assert load_card(name) == load_card(known)
 
 
-@pytest.mark.parametrize("name", ["rtx 3050", "NVIDIA GeForce RTX 3050", "4060 ti", "NVIDIA GeForce RTX 5060 Ti"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rtx 3050",
+        "NVIDIA GeForce RTX 3050",
+        "4060 ti",
+        "NVIDIA GeForce RTX 5060 Ti",
+        "2060",
+        "rtx 2060",
+        "rtx3060",
+        "NVIDIA GeForce RTX 2060",
+        "NVIDIA GeForce RTX 3060",
+    ],
+)
 def test_an_ambiguous_name_asks(name):
     with pytest.raises(UserError, match=r"is \d cards; which one"):
         load_card(name)
@@ -114,6 +129,24 @@ def test_no_alias_hides_a_card_of_another_memory():
             except UserError:
                 continue
             assert card.vram_bytes == load_card(name).vram_bytes
+
+
+def test_cards_that_the_driver_calls_alike_ask():
+    """All pairs: the driver's name is the profile's without the memory that people put behind it."""
+    drivers = {name: re.sub(r" \d+ GB$", "", data["name"]) for name, data in profiles("gpus").items()}
+    alike = [(a, b) for a, b in itertools.combinations(drivers, 2) if drivers[a] == drivers[b]]
+    assert ("rtx2060-12gb", "rtx2060-6gb") in alike
+    for a, b in alike:
+        assert load_card(a).vram_bytes != load_card(b).vram_bytes
+        for spelling in (
+            f"NVIDIA {drivers[a]}",
+            drivers[a],
+            drivers[a].replace("GeForce ", "").replace(" ", "").lower(),
+        ):
+            with pytest.raises(UserError, match="which one") as error:
+                load_card(spelling)
+            assert a in str(error.value)
+            assert b in str(error.value)
 
 
 @pytest.mark.parametrize("capability", [(99, 9), (3, 5), (7, 15)])

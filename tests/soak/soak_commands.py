@@ -44,7 +44,7 @@ FILES = (
 LIKELY = {
     "model": ("model", "tinyllama-1.1b", "phi-2", "smollm2-135m"), "--data": ("sums.jsonl", "text.txt"),
     "--max-steps": ("1", "2"), "--batch-size": ("2", "4"), "--max-seq-length": ("32", "64"), "--output": ("run", "out"),
-    "--gpu": ("gtx1650", "t4", "rtx3060"), "--vram": ("4GiB", "6g"), "--rounds": ("1",), "--census": ("lora-r8",),
+    "--gpu": ("gtx1650", "t4", "rtx3060-12gb"), "--vram": ("4GiB", "6g"), "--rounds": ("1",), "--census": ("lora-r8",),
     "--save": ("plan.toml",), "--plan": ("plan.toml",), "--gradients": ("folder", "binary"), "--lora-r": ("2", "8"),
     "--target-modules": ("q_proj", "all-linear"), "--max-eval-samples": ("2",), "--sample-tokens": ("0", "3"),
     "--epochs": ("1",), "--seed": ("3",), "--arch": ("sm_75",), "--dtype": ("float32", "fp32"), "--device": ("cpu",),

@@ -242,9 +242,7 @@ def control_step(
             f"({L.NUM_TELEMETRY},) or (n, {L.NUM_TELEMETRY}), as gradient_telemetry makes it"
         )
     device = control.device
-    if log is not None:
-        _check_control(log, "log")
-        _check_device("log", log, device)
+    _check_log(log, device)
     _check_device("telemetry", telemetry, device)
     loss = _scalar("loss", loss, device)
     if isinstance(clip, TensorClip):
@@ -268,9 +266,16 @@ def refresh_outputs(control: Tensor, *, log: Tensor | None = None, backend: str 
     control, log: as for `control_step`, which has been called in this step. Raises ValueError for other tensors.
     """
     _check_control(control)
+    _check_log(log, control.device)
+    (launch_refresh if _choose_small(control.device, backend) == "triton" else refresh)(control, log)
+
+
+def _check_log(log: Tensor | None, device: torch.device) -> None:
     if log is not None:
         _check_control(log, "log")
-    (launch_refresh if _choose_small(control.device, backend) == "triton" else refresh)(control, log)
+        _check_device("log", log, device)
+        if not log.shape[0]:
+            raise ValueError("log has no row; expected room for a step, or None")
 
 
 def _check_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -521,6 +526,8 @@ def _check_floating(name: str, tensors: Sequence[Tensor]) -> None:
     for i, t in enumerate(tensors):
         if not t.is_floating_point() or t.layout is not torch.strided:
             raise TypeError(f"{name}[{i}] is {t.dtype} ({t.layout}); expected a dense floating-point tensor")
+        if t.is_neg():  # its memory holds the other sign, and that is what a kernel reads
+            raise ValueError(f"{name}[{i}] is a view with the negative bit of torch; give its resolve_neg()")
 
 
 def _check_control(control: Tensor, name: str = "control") -> None:
