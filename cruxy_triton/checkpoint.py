@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_kernels import CODECS, RULES, dequantize_blockwise, quantize_blockwise
+from cruxy_kernels import RULES, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec import Codec, codec_of, scale_name
+from cruxy_kernels.codec import Codec, scale_name
+from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
@@ -91,7 +92,7 @@ def read(
       optimizer, the statistics start afresh (with a warning) while moments and ages are kept;
     - a checkpoint of another rule gives the state that both have (the momentum, from AdamW to Lion; the settings
       stay the optimizer's own); where the optimizer's rule needs more than that, it is refused;
-    - state is converted where `state_bits` differs;
+    - state is converted where `state_bits` differs, to the nearest codes;
     - histories of `clip="tensor"` are taken over by an optimizer that clips so; where there are none, they begin.
 
     Raises:
@@ -217,14 +218,15 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
     """A parameter's state in the form that the optimizer keeps, on the parameter's device."""
     kept: dict[str, Any] = {}
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    for name in RULES[rule].state:
+    for name, wanted in zip(RULES[rule].state, RULES[rule].codecs(state_bits), strict=True):
         given, scale = _tensor(value, name, place), value.get(scale_name(name))
-        if given.shape != param.shape or distributed.is_sharded(given) != distributed.is_sharded(param):
+        coded = codec_of(name, given)
+        shape = param.shape if coded.packed == 1 else distributed.codes_like(param, coded).shape
+        if given.shape != shape or distributed.is_sharded(given) != distributed.is_sharded(param):
             raise ValueError(
                 f"{place} of the checkpoint: {name} has shape {tuple(given.shape)} for a parameter of shape "
                 f"{tuple(param.shape)}; it belongs to another model"
             )
-        coded = codec_of(given)
         if coded.block:
             values, scale = given, _scale(value, name, param, coded, place)
         elif given.is_floating_point():
@@ -239,7 +241,7 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
         if name.endswith("_sq") and bool((distributed.local(values) < 0).any()):
             raise ValueError(f"{place} of the checkpoint: {name} has negative values; it is a mean of squares")
         values = values.to(param.device).clone()
-        if coded.bits == state_bits:
+        if coded == wanted:
             kept[name] = values.to(wide) if scale is None else values
             if scale is not None:
                 kept[scale_name(name)] = scale.to(param.device).clone()
@@ -247,9 +249,9 @@ def _state(value: Mapping[str, Any], param: Tensor, rule: str, state_bits: int, 
             raise ValueError("state_bits of the checkpoint and the optimizer differ, which sharded states do not allow")
         else:
             if scale is not None:
-                values = dequantize_blockwise(values, scale.to(param.device))
-            if CODECS[state_bits].block:
-                kept[name], kept[scale_name(name)] = quantize_blockwise(values, bits=state_bits)
+                values = dequantize_blockwise(values, scale.to(param.device), codec=coded.name, shape=param.shape)
+            if wanted.block:
+                kept[name], kept[scale_name(name)] = quantize_blockwise(values, codec=wanted.name)
             else:
                 kept[name] = values.to(wide)
     return kept

@@ -5,6 +5,7 @@ shards: its four telemetry numbers are gathered from the ranks of the mesh in ra
 them in that order, which gives every rank the same bits. Without torch.distributed nothing here costs anything.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_kernels import layout as L
-from cruxy_kernels.codec import Codec, codec_of
+from cruxy_kernels.codec import Codec
+from cruxy_kernels.rules import codec_of
 
 
 def active() -> bool:
@@ -30,12 +32,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_state(state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    """This rank's part of a state; of the scales, as many as its part of the parameter needs."""
+    """This rank's part of a state; of packed codes and of scales, as many as its part of the parameter needs."""
     kept = {name: local(tensor) for name, tensor in state.items()}
-    for name in kept:
-        if name.endswith("_scale"):
-            codes = kept[name.removesuffix("_scale")]
-            kept[name] = kept[name][: codec_of(codes).scale_count(local(param).numel())]
+    numel = local(param).numel()
+    for name in [name for name in kept if name.endswith("_scale")]:
+        codes = name.removesuffix("_scale")
+        codec = codec_of(codes, kept[codes])
+        kept[name] = kept[name][: codec.scale_count(numel)]
+        if codec.packed > 1:
+            kept[codes] = kept[codes][: -(-numel // codec.packed)]
     return kept
 
 
@@ -89,13 +94,23 @@ def _gathered(value: Tensor, group: Any) -> Tensor:
     return out.flatten(0, 1)
 
 
-def scales_like(param: Any, codec: Codec) -> Tensor:
-    """Zero scales of a coded state buffer for a parameter; a DTensor where the parameter is one.
+def codes_like(param: Any, codec: Codec) -> Tensor:
+    """Zero codes of a state buffer for a parameter; a DTensor where the parameter is one."""
+    if codec.packed == 1:
+        return torch.zeros_like(param, dtype=codec.dtype, memory_format=torch.contiguous_format)
+    return _flat_like(param, lambda numel: -(-numel // codec.packed), codec.dtype)
 
-    Every rank keeps as many as the rank with the largest shard needs, so that the whole is evenly sharded.
-    """
+
+def scales_like(param: Any, codec: Codec) -> Tensor:
+    """Zero scales of a coded state buffer for a parameter; a DTensor where the parameter is one."""
+    assert codec.scale_dtype is not None
+    return _flat_like(param, codec.scale_count, codec.scale_dtype)
+
+
+def _flat_like(param: Any, count: Callable[[int], int], dtype: torch.dtype) -> Tensor:
+    """`count(numel)` zeros. Every rank keeps as many as the one with the largest shard, so that all have the same."""
     if not is_sharded(param):
-        return torch.zeros(codec.scale_count(param.numel()), dtype=codec.scale_dtype, device=param.device)
+        return torch.zeros(count(param.numel()), dtype=dtype, device=param.device)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     shape = list(param.shape)
@@ -106,6 +121,5 @@ def scales_like(param: Any, codec: Codec) -> Tensor:
             placements.append(Shard(0))
         else:
             placements.append(Replicate())
-    count = codec.scale_count(torch.Size(shape).numel())
-    scales = torch.zeros(count, dtype=codec.scale_dtype, device=param.to_local().device)
-    return DTensor.from_local(scales, param.device_mesh, placements, run_check=False)
+    zeros = torch.zeros(count(torch.Size(shape).numel()), dtype=dtype, device=param.to_local().device)
+    return DTensor.from_local(zeros, param.device_mesh, placements, run_check=False)

@@ -88,9 +88,9 @@ def check(group: Group, state_bits: int) -> None:
     if not (is_pair(betas) and all(0.0 <= b < 1.0 for b in betas)):
         raise ValueError(f"betas is {betas!r}; expected two floats, each from 0 to below 1")
     if state_bits not in RULES[settings.rule].state_bits:
-        raise ValueError(
-            f"state_bits={state_bits} needs use_lion=True: the {settings.rule} rule has no {state_bits}-bit form"
-        )
+        able = " or ".join(name for name, rule in RULES.items() if state_bits in rule.state_bits)
+        hint = "use_lion=True" if able == "lion" else f"the rule {able}"
+        raise ValueError(f"state_bits={state_bits} needs {hint}: the {settings.rule} rule has no {state_bits}-bit form")
 
 
 def check_params(group: Group, state_bits: int) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import cruxy_kernels as kernels
-from cruxy_kernels import CODECS, RULES
+from cruxy_kernels import RULES
 from cruxy_kernels import layout as L
 from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
@@ -60,9 +60,11 @@ class CruxyOptimizer(Optimizer):
             place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
-        seed: of the random bits with which 16-bit parameters are rounded, a whole number below 2^24; checkpoints
-            hold it. Two optimizers of one seed round their tensors with the same bits: give each its own.
-        state_bits: 32, or 8 for int8 momentum with a bfloat16 scale for each 64 values (Lion rule only).
+        seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24;
+            checkpoints hold it. Two optimizers of one seed round their tensors with the same bits: give each its own.
+        state_bits: 32 or 8, for the Lion rule also 4: codes with a bfloat16 scale for each 64 values, 1.03 bytes per
+            parameter and buffer with 8 bits (Lion has one, AdamW two), 0.53 with 4. 4 bits and AdamW's second moment
+            are rounded at random, with bits of `seed`.
         backend: "triton", "native" or "torch"; None lets the device decide (`cruxy_kernels.explain_backend`).
         capturable: the slow loop and the history find their turn on the device, so that a CUDA graph can
             hold the step (changing learning rates then have to be tensors). Every step then has the 8 small
@@ -128,8 +130,9 @@ class CruxyOptimizer(Optimizer):
             raise ValueError(f"bounds is {bounds!r}; expected (low, high) with 0 < low <= 1 <= high, or None")
         if backend not in (None, "triton", "native", "torch"):
             raise ValueError(f"unknown backend {backend!r}; expected 'triton', 'native', 'torch' or None")
-        if state_bits not in CODECS:
-            raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, sorted(CODECS)))}")
+        known = sorted({bits for known in RULES.values() for bits in known.state_bits})
+        if state_bits not in known:
+            raise ValueError(f"state_bits is {state_bits!r}; expected {' or '.join(map(str, known))}")
         if not isinstance(guard, bool):
             raise ValueError(f"guard is {guard!r}; expected True or False")
         if clip not in CLIPPING:
@@ -377,10 +380,9 @@ class CruxyOptimizer(Optimizer):
 
     def _init_state(self, p: Tensor, rule: str, state: dict[str, Any]) -> None:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        for name in RULES[rule].state:
-            codec = CODECS[self.state_bits]
+        for name, codec in zip(RULES[rule].state, RULES[rule].codecs(self.state_bits), strict=True):
             if codec.block:
-                state[name] = torch.zeros_like(p, dtype=codec.dtype, memory_format=torch.contiguous_format)
+                state[name] = distributed.codes_like(p, codec)
                 state[scale_name(name)] = distributed.scales_like(p, codec)
             else:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -504,8 +506,9 @@ def _observed(optimizer: Optimizer) -> bool:
 class MetaLion(CruxyOptimizer):
     """meta3 over the Lion rule with 8-bit momentum: 1.03 bytes of state per parameter (paper section 5).
 
-    Takes every argument of `CruxyOptimizer`; only the defaults differ. Lion's steps have the size of the
-    learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight decay.
+    Takes every argument of `CruxyOptimizer` (`state_bits=4`: 0.53 bytes); only the defaults differ. Lion's steps
+    have the size of the learning rate whatever the gradient, so it wants 3 to 10 times less of it, and more weight
+    decay.
     """
 
     def __init__(

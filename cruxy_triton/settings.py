@@ -26,7 +26,7 @@ PLAN, FINETUNE, BOTH = ("plan",), ("finetune",), ("plan", "finetune")
 # Lion rule's a half, the ratio of the best rates on the demo task. sgd's gradients are clipped at norm 1, so that its
 # rate is the length of a step: about what adamw's comes to on ten million adapter parameters (2e-4 * sqrt(1e7)).
 DEFAULT_LR = {"cruxy": 4e-4, "cruxy-lion": 1e-4, "adamw": 2e-4, "sgd": 0.5}
-STATE_BITS = {"cruxy": (32,), "cruxy-lion": (32, 8), "adamw": (32,), "sgd": (32,)}
+STATE_BITS = {"cruxy": (32, 8), "cruxy-lion": (32, 8, 4), "adamw": (32,), "sgd": (32,)}
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
 
@@ -262,7 +262,8 @@ class Settings:
                            "and sgd are torch's", choices=tuple(STATE_BITS), searched=True)  # fmt: skip
     mode: str = _training("meta3", "control law of CruxyOptimizer", choices=("meta3", "stability_v2", "stability_v1"),
                           only_with=("optimizer", ("cruxy", "cruxy-lion")))  # fmt: skip
-    state_bits: int = _step(32, "bits of the momentum; 8 with cruxy-lion", choices=(32, 8), searched=True)
+    state_bits: int = _step(32, "bits of the optimizer's state; 8 with cruxy, 8 or 4 with cruxy-lion",
+                            choices=(32, 8, 4), searched=True)  # fmt: skip
     lr: float = _training(None, "peak learning rate; meta3 uses half of it in a short run", minimum=0, metavar="LR",
                           left_open="by optimizer: "
                           + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items()))  # fmt: skip

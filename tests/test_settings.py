@@ -49,7 +49,7 @@ VARIED = {
     "lora_dropout": [("t4", {"lora_dropout": 0.05})],
     "target_modules": [("t4", {"target_modules": "q_proj, v_proj"}), ("t4", {"target_modules": ["all-linear"]})],
     "optimizer": [("t4", {"optimizer": name}) for name in settings.STATE_BITS],
-    "state_bits": [("t4", {"optimizer": "cruxy-lion", "state_bits": bits}) for bits in (8, 32)],
+    "state_bits": [("t4", {"optimizer": "cruxy-lion", "state_bits": bits}) for bits in (4, 8, 32)],
     "batch_size": [("t4", {"batch_size": 12})],
     "micro_batch_size": [("t4", {"micro_batch_size": 4})],
 }

@@ -29,16 +29,16 @@ def kernels_of(device: str) -> list[tuple[str, Callable[[], list[str]]]]:
     for law, scaled in product(L.LAWS, (False, True)):
         checks.append((f"control {law} scaled={scaled}", lambda w=law, s=scaled: control(device, w, s)))
     for rule, param, grad in product(RULES.values(), DTYPES, DTYPES):
-        states: list[torch.dtype] = [*rule.storage, *[CODECS[b].dtype for b in rule.state_bits if CODECS[b].block]]
+        states: list[torch.dtype | int] = [*rule.storage, *[bits for bits in rule.state_bits if bits != 32]]
         for state in states:
             for flags in ({}, {name: not default for name, default in rule.flags.items()}):
-                if flags or not rule.flags or state in states[:1] or state == torch.int8:
+                if flags or not rule.flags or state in states[:1] or isinstance(state, int):
                     name = f"{rule.name} {param}/{grad} state {state} {flags or ''}"
                     call = (device, rule.name, param, grad, state, flags)
                     checks.append((name, lambda arguments=call: update(*arguments)))
     checks.append(("rounding on average", lambda: unbiased(device)))
-    for dtype in DTYPES:
-        checks.append((f"codec {dtype}", lambda d=dtype: codec(device, d)))
+    for name, dtype in product([name for name, c in CODECS.items() if c.block], DTYPES):
+        checks.append((f"codec {name} {dtype}", lambda n=name, d=dtype: codec(device, n, d)))
     return checks
 
 
@@ -114,19 +114,20 @@ def control(device: str, law: str, scaled: bool) -> list[str]:
     return found
 
 
-def _state(rule: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+def _state(rule: str, shape: tuple[int, ...], kept: torch.dtype | int, generator: torch.Generator) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name in RULES[rule].state:
+    for i, name in enumerate(RULES[rule].state):
         values = _draw(shape, generator, torch.float32, 0.1)
-        if dtype == torch.int8:
-            state[name], state[name + "_scale"] = CODECS[8].encode(values)
+        values = values.abs() if name.endswith("sq") else values
+        if isinstance(kept, int):
+            state[name], state[name + "_scale"] = RULES[rule].codecs(kept)[i].encode(values)
         else:
-            state[name] = (values.abs() if name.endswith("sq") else values).to(dtype)
+            state[name] = values.to(kept)
     return state
 
 
 def update(
-    device: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, flags: dict[str, Any]
+    device: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype | int, flags: dict[str, Any]
 ) -> list[str]:
     generator = torch.Generator().manual_seed(3)
     rows = torch.stack([oracles.control_row(generator), oracles.control_row(generator, SKIP=1.0)])
@@ -168,18 +169,19 @@ def unbiased(device: str) -> list[str]:
     return found
 
 
-def codec(device: str, dtype: torch.dtype) -> list[str]:
+def codec(device: str, name: str, dtype: torch.dtype) -> list[str]:
     generator = torch.Generator().manual_seed(5)
     found = []
     for shape, offset, size in zip(SIZES, OFFSETS * 3, (1.0, 1e-30, 1e30) * 3, strict=False):
-        held = Guarded(_draw(shape, generator, dtype, size if dtype != torch.float16 else 1.0), device, offset)
+        drawn = _draw(shape, generator, dtype, size if dtype != torch.float16 else 1.0)
+        held = Guarded(drawn.abs() if name == "quartic8" else drawn, device, offset)
         if held.tensor.numel() > 1000:
             held.tensor.view(-1)[70] = float("nan")
         values = held.tensor.cpu()
-        codes, scales = kernels.quantize_blockwise(held.tensor, backend="triton")
-        found += oracles.check_codes(codes, scales, values.double())
+        codes, scales = kernels.quantize_blockwise(held.tensor, codec=name, backend="triton")
+        found += oracles.check_codes(name, codes, scales, values.double())
         for out in DTYPES:
-            back = kernels.dequantize_blockwise(codes, scales, out, backend="triton")
-            exact = oracles.decode(codes, scales)
+            back = kernels.dequantize_blockwise(codes, scales, out, codec=name, shape=shape, backend="triton")
+            exact = oracles.decode(name, codes, scales, values.numel())
             found += oracles.check_values(f"decoded {out}", back, exact.view(shape), exact.abs().view(shape))
     return found

@@ -13,7 +13,8 @@ from torch import Tensor
 from cruxy_kernels import layout as L
 
 GUARD = 64  # cells on either side
-BLOCK, SHARPNESS, LEVELS = 64, 3, 127  # of the 8-bit code
+BLOCK, SHARPNESS = 64, 3  # of the codes
+LEVELS = {"softsign8": 127, "softsign4": 7, "quartic8": 255}  # on each side of 0
 # Relative errors that fp32 arithmetic may leave: of a result beside what was added up for it, and of a long sum.
 FP32, SUM = 1e-6, 1e-5
 MANTISSA = {torch.float16: 10, torch.bfloat16: 7}
@@ -25,7 +26,7 @@ class Guarded:
     def __init__(self, values: Tensor, device: str | torch.device = "cpu", offset: int = 0) -> None:
         n = values.numel()
         self.buffer = torch.full(
-            (n + 2 * GUARD + offset,), 77 if values.dtype == torch.int8 else 0.5, dtype=values.dtype
+            (n + 2 * GUARD + offset,), 0.5 if values.is_floating_point() else 77, dtype=values.dtype
         )
         self.inside = slice(GUARD + offset, GUARD + offset + n)
         self.buffer[self.inside] = values.reshape(-1)
@@ -118,15 +119,35 @@ def settings(row: Tensor) -> dict[str, float]:
     return {name: float(row[slot]) for name, slot in slots.items()}
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """float64 values, 1-D, of int8 codes and their bfloat16 scales."""
+def codec_of(buffer: str, codes: Tensor) -> str:
+    """The codec of a state buffer."""
+    return "quartic8" if buffer.endswith("_sq") else "softsign8" if codes.dtype == torch.int8 else "softsign4"
+
+
+def levels(codec: str, codes: Tensor, numel: int) -> Tensor:
+    """float64 codes, 1-D: as they are, or of 4 bits the first `numel` halves, the lower one first, from -8 to 7."""
     q = codes.cpu().double().reshape(-1)
-    s = scales.cpu().double().repeat_interleave(BLOCK)[: q.numel()]
-    return s * q / (LEVELS * (1 + SHARPNESS) - SHARPNESS * q.abs())
+    if codec != "softsign4":
+        return q
+    high = torch.floor(q / 16)
+    halves = torch.stack((q - 16 * high, high), 1).reshape(-1)[:numel]
+    return halves - 16 * (halves > 7)
 
 
-def check_codes(codes: Tensor, scales: Tensor, values: Tensor, error: Tensor | float = 0.0) -> list[str]:
-    """codes and scales against float64 `values`, which may be off by `error` (relative to the scale)."""
+def value(codec: str, q: Tensor) -> Tensor:
+    """What codes stand for, as parts of their scale."""
+    side = LEVELS[codec]
+    return (q / side) ** 4 if codec == "quartic8" else q / (side * (1 + SHARPNESS) - SHARPNESS * q.abs())
+
+
+def decode(codec: str, codes: Tensor, scales: Tensor, numel: int) -> Tensor:
+    """float64 values, 1-D, of codes and their bfloat16 scales."""
+    q = levels(codec, codes, numel)
+    return scales.cpu().double().repeat_interleave(BLOCK)[: q.numel()] * value(codec, q)
+
+
+def check_codes(codec: str, codes: Tensor, scales: Tensor, values: Tensor, *, stochastic: bool = False) -> list[str]:
+    """codes and scales against float64 `values`; drawn codes are the nearest in value, or `stochastic` one of two."""
     x = values.reshape(-1)
     s = scales.cpu().double()
     found = []
@@ -140,9 +161,25 @@ def check_codes(codes: Tensor, scales: Tensor, values: Tensor, error: Tensor | f
         found.append(f"a scale is off by {float((off - allowed).max()):.3g} more than half a bfloat16 step")
     every = s.repeat_interleave(BLOCK)[: x.numel()]
     usable = (every > 0) & every.isfinite() & x.isfinite()
-    level = LEVELS * (1 + SHARPNESS) * x.abs() / (every + SHARPNESS * x.abs())
-    q = codes.cpu().double().reshape(-1)
-    wrong = usable & ((q.abs() - level.clamp(max=LEVELS)).abs() > 0.5 + 4e-4 * LEVELS * torch.as_tensor(error) + 4e-4)
+    side, part = LEVELS[codec], (x.abs() / every).clamp(max=1)
+    level = side * part**0.25 if codec == "quartic8" else side * (1 + SHARPNESS) * part / (1 + SHARPNESS * part)
+    q = levels(codec, codes, x.numel())
+    if codec == "softsign8":
+        low, high = level - 0.5, level + 0.5
+    else:
+        low, high = level.floor(), level.floor() + 1
+        if not stochastic:
+            below, above = value(codec, low), value(codec, high)
+            share = (part - below) / (above - below)
+            low, high = low + (share > 0.5 + 1e-3), low + (share >= 0.5 - 1e-3)
+        # A level that fp32 puts on the other side of a whole number is drawn there, and the same comes out.
+        on_it, one = (level - level.round()).abs() < 4e-4, int(stochastic)
+        low = torch.where(on_it, level.round() - one, low)
+        high = torch.where(on_it, level.round() + one, high)
+        if codec == "quartic8":
+            low, high = low.clamp(min=1), high.clamp(min=1)
+            low = torch.where(x == 0, 0.0, low)
+    wrong = usable & ((q.abs() < low - 4e-4) | (q.abs() > high + 4e-4))
     wrong |= usable & (q != 0) & (q.sign() != x.sign())
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
@@ -192,7 +229,7 @@ def check_update(
 ) -> list[str]:
     """One tensor of an update: `before` and `after` hold "p" and the state, `before` also "g"; all on the CPU.
 
-    8-bit momentum is under "exp_avg" and "exp_avg_scale".
+    The scales of coded state are under its name and "_scale".
     """
     if float(row[L.SKIP]) != 0:
         changed = [name for name in after if not torch.equal(_bits(before[name]), _bits(after[name]))]
@@ -202,7 +239,13 @@ def check_update(
     p, g = (before[name].double().reshape(-1) for name in ("p", "g"))
     g = g * c["factor"]
     coded = "exp_avg_scale" in before
-    m = decode(before["exp_avg"], before["exp_avg_scale"]) if coded else before["exp_avg"].double().reshape(-1)
+
+    def held(name: str) -> Tensor:
+        if not coded:
+            return before[name].double().reshape(-1)
+        return decode(codec_of(name, before[name]), before[name], before[name + "_scale"], p.numel())
+
+    m = held("exp_avg")
     step = c["lr"] * abs(multiplier)
     if rule == "lion":
         new_p, new_m, doubtful = lion(p, g, m, c, multiplier)
@@ -210,7 +253,7 @@ def check_update(
         size = p.abs() + step
         new_p = torch.where(doubtful, after["p"].double().reshape(-1), new_p)
     else:
-        v = before["exp_avg_sq"].double().reshape(-1)
+        v = held("exp_avg_sq")
         given = {"nesterov": True, "decoupled": True} | (flags or {})
         new_p, new_m, new_v = adamw(p, g, m, v, c, multiplier, **given)
         moments = {"exp_avg": new_m, "exp_avg_sq": new_v}
@@ -224,9 +267,10 @@ def check_update(
     terms = m.abs() + g.abs() + c["weight_decay"] * p.abs()
     for name, wanted in moments.items():
         if coded:
-            found += check_codes(after[name], after[name + "_scale"], wanted)
+            codec = codec_of(name, after[name])
+            found += check_codes(codec, after[name], after[name + "_scale"], wanted, stochastic=True)
         else:
-            of = terms if name == "exp_avg" else before[name].double().reshape(-1) + terms**2
+            of = terms if name == "exp_avg" else held(name) + terms**2
             found += check_values(name, after[name].reshape(-1), wanted, of)
     return [f"{rule} {tuple(shape)}: {text}" for text in found]
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_kernels import CODECS
+from cruxy_kernels import RULES
 from cruxy_triton.bench.characters import CharacterModel, Size, Text, embedded_text, read_text
 from cruxy_triton.bench.runs import Runs
 from cruxy_triton.bench.step import state_bytes
@@ -70,7 +70,7 @@ CONTESTANTS = {
     "meta3": Contestant(_ours(**_ADAMW), 5e-3),
     **{
         f"Meta-Lion, {bits}-bit state": Contestant(_ours(state_bits=bits, **_META_LION), 1e-3)
-        for bits in sorted(CODECS, reverse=True)
+        for bits in sorted(RULES["lion"].state_bits, reverse=True)
     },
 }
 

@@ -29,9 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--only", metavar="WORD", help="contestants whose name contains WORD")
     step.add_argument("--host", action="store_true", help="what a step costs its host, kernels counted and not started")
     step.add_argument("--cases", action="store_true", help="shapes that are dear on a CPU, against torch's AdamW")
-    codec = kinds.add_parser("codec", help="sign flips of 8-bit momentum on recorded gradients")
-    codec.add_argument("--gradients", type=Path, required=True, help="folder or file of recorded gradients")
+    codec = kinds.add_parser("codec", help="sign flips of momentum in 8 or 4 bits on recorded gradients")
+    codec.add_argument("--gradients", type=Path, help="folder or file of recorded gradients")
+    codec.add_argument("--text", type=Path, help="validation losses after training on this text instead")
+    codec.add_argument("--seeds", type=int, default=3, help="runs with --text (default: %(default)s)")
     codec.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99), help="Lion's betas (default: .9 .99)")
+    codec.add_argument("--bits", type=int, default=8, choices=(8, 4), help="of a value (default: %(default)s)")
     codec.add_argument("--skip", type=int, default=0, help="steps at the start that are not counted")
     rounding = kinds.add_parser("rounding", help="16-bit parameters: stochastic rounding, compensation byte")
     gpu = kinds.add_parser("gpu", help="all that only a card can show, in 8 minutes, as one JSON file")
@@ -111,14 +114,19 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_codec(args: argparse.Namespace) -> dict[str, Any]:
-    from cruxy_triton.bench import codec
+    from cruxy_triton.bench import characters, codec
 
+    if (args.gradients is None) == (args.text is None) or args.seeds < 1:
+        raise UserError("give --gradients or --text, and at least one of --seeds")
+    if args.text is not None:
+        text = characters.Text(characters.read_text(args.text), characters.Size())
+        return {"rows": codec.losses(text, args.seeds, lambda line: print(line, file=sys.stderr, flush=True))}
     beta1, beta2 = args.betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise UserError(f"--betas are {beta1} and {beta2}; expected two values from 0 to below 1")
     if not args.gradients.exists():
         raise UserError(f"{args.gradients}: no such file or folder; `finetune --record-gradients N` makes one")
-    rows, source = codec.table(args.gradients, (beta1, beta2), args.skip)
+    rows, source = codec.table(args.gradients, (beta1, beta2), args.skip, args.bits)
     return {"rows": rows, "betas": [beta1, beta2], "gradients": source}
 
 

@@ -216,6 +216,9 @@ class _Run:
             say(f"warning: {fault}; going on from the one before")
         attention = load.use_attention(recipe.attention, self.device)
         base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
+        if self.weights.beyond:
+            assert self.plan is not None
+            say(memory.larger(self.plan, recipe, self.weights.beyond))
         self.model = load.add_lora(base, recipe)
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
         from cruxy_triton.finetune.train import Trainer

@@ -26,7 +26,7 @@ def load_raw(address, start, local, remaining, TYPE: tl.constexpr, MASKED: tl.co
         pointer = address.to(tl.pointer_type(tl.float16))
     elif TYPE == "bf16":
         pointer = address.to(tl.pointer_type(tl.int16))
-    else:
+    else:  # bytes, as signed ones
         pointer = address.to(tl.pointer_type(tl.int8))
     if MASKED:
         return tl.load(pointer + start + local, mask=local < remaining, other=0)
@@ -43,7 +43,7 @@ def store_raw(address, start, local, remaining, values, TYPE: tl.constexpr, MASK
         pointer = address.to(tl.pointer_type(tl.float16))
     elif TYPE == "bf16":
         pointer = address.to(tl.pointer_type(tl.int16))
-    else:
+    else:  # bytes, as signed ones
         pointer = address.to(tl.pointer_type(tl.int8))
     if MASKED:
         tl.store(pointer + start + local, values, mask=local < remaining)

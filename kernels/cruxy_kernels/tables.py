@@ -171,4 +171,5 @@ tables = TableCache()
 
 
 # The names by which kernels know a storage dtype.
-ELEMENT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+ELEMENT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8",
+                 torch.uint8: "uint8"}  # fmt: skip

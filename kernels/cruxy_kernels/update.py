@@ -8,12 +8,13 @@ training is read from the control vector on the device.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from . import tables as T
 from ._triton import HAS_TRITON
-from .codec import BLOCK, Codec, codec_of, scale_name
+from .codec import BLOCK, Codec, scale_name
 from .launch import Batch, batches, launch
 from .laws import layout as L
 from .rules import Rule
@@ -30,13 +31,17 @@ if HAS_TRITON:
     _BLOCK = tl.constexpr(BLOCK)
 
     @triton.jit
-    def store_param(entry, slots, start, local, remaining, p, TYPE: tl.constexpr, MASKED: tl.constexpr):
-        """Stores fp32 parameters; 16-bit ones with stochastic rounding (rounding.py)."""
+    def random_bits_of(entry, slots, element):
+        """uint32 of the elements of an entry; all that is stored at random in a step takes other ones of them."""
+        seed = tl.load(slots + L.SEED).to(tl.int32)
+        step = tl.load(slots + L.STEP).to(tl.int32)
+        return random_bits_kernel(seed, step, tl.load(entry + T.ID), element)
+
+    @triton.jit
+    def store_param(entry, start, local, remaining, p, random, TYPE: tl.constexpr, MASKED: tl.constexpr):
+        """Stores fp32 parameters; 16-bit ones with stochastic rounding (rounding.py), by the lower bits of `random`."""
         address = tl.load(entry + T.PARAM)
         if TYPE != "fp32":
-            seed = tl.load(slots + L.SEED).to(tl.int32)
-            step = tl.load(slots + L.STEP).to(tl.int32)
-            random = random_bits_kernel(seed, step, tl.load(entry + T.ID), start + local)
             p = round_stochastic_kernel(p, random, TYPE)
         store_raw(address, start, local, remaining, p, TYPE, MASKED)
 
@@ -52,12 +57,13 @@ if HAS_TRITON:
 
     @triton.jit
     def store_state(
-        entry, NUMBER: tl.constexpr, start, local, remaining, values, TYPE: tl.constexpr, STORE: tl.constexpr,
+        entry, NUMBER: tl.constexpr, start, local, remaining, values, random, TYPE: tl.constexpr, STORE: tl.constexpr,
         LINES: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
+        """A codec rounds by the upper half of `random`."""
         columns = entry + NUMBER * T.STATE_COLUMNS
         address, scales = tl.load(columns + T.STATE), tl.load(columns + T.SCALE)
-        STORE(address, scales, start, local, remaining, values, TYPE, LINES, MASKED)
+        STORE(address, scales, start, local, remaining, values, random, TYPE, LINES, MASKED)
 
     @triton.jit
     def update_chunk(
@@ -65,24 +71,46 @@ if HAS_TRITON:
         lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt,
         RULE: tl.constexpr, FLAGS: tl.constexpr, STATES: tl.constexpr, PARAM_TYPE: tl.constexpr,
         GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
+        LOAD_2: tl.constexpr, STORE_2: tl.constexpr, CODED: tl.constexpr, RANDOM: tl.constexpr,
         LINES: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
+        random = 0
         local = tl.arange(0, LINES)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+        if CODED:
+            # Decoded before the rest is loaded: together they take registers that sm_75 does not have. Each barrier
+            # ends what the compiler would have overlap; where they stand was found by compiling (inspect/).
+            v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD_2, LINES, MASKED)
+            m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+            tl.debug_barrier()
         p = load_values(tl.load(entry + T.PARAM), start, local, remaining, PARAM_TYPE, MASKED)
         g = load_values(tl.load(entry + T.GRAD), start, local, remaining, GRAD_TYPE, MASKED) * factor
-        m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+        if not CODED:
+            m = load_state(entry, 0, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
         if STATES == 1:
             p, m = RULE(p, g, m, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS)
-            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
-            store_state(entry, 0, start, local, remaining, m, STATE_TYPE, STORE, LINES, MASKED)
+            if RANDOM:
+                random = random_bits_of(entry, slots, start + local)
+            store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
+            store_state(entry, 0, start, local, remaining, m, random, STATE_TYPE, STORE, LINES, MASKED)
         else:
-            v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD, LINES, MASKED)
+            if not CODED:
+                v = load_state(entry, 1, start, local, remaining, STATE_TYPE, LOAD_2, LINES, MASKED)
             p, m, v = RULE(
                 p, g, m, v, lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, multiplier, FLAGS
             )
-            store_param(entry, slots, start, local, remaining, p, PARAM_TYPE, MASKED)
-            store_state(entry, 0, start, local, remaining, m, STATE_TYPE, STORE, LINES, MASKED)
-            store_state(entry, 1, start, local, remaining, v, STATE_TYPE, STORE, LINES, MASKED)
+            # What needs no random bits is stored before they are there, and leaves its registers to them.
+            if PARAM_TYPE == "fp32":
+                if CODED:
+                    tl.debug_barrier()
+                store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
+            store_state(entry, 0, start, local, remaining, m, random, STATE_TYPE, STORE, LINES, MASKED)
+            if CODED:
+                tl.debug_barrier()
+            if RANDOM:
+                random = random_bits_of(entry, slots, start + local)
+            if PARAM_TYPE != "fp32":
+                store_param(entry, start, local, remaining, p, random, PARAM_TYPE, MASKED)
+            store_state(entry, 1, start, local, remaining, v, random, STATE_TYPE, STORE_2, LINES, MASKED)
 
     @triton.jit
     def update_kernel(
@@ -100,6 +128,10 @@ if HAS_TRITON:
         STATE_TYPE: tl.constexpr,
         LOAD: tl.constexpr,
         STORE: tl.constexpr,
+        LOAD_2: tl.constexpr,
+        STORE_2: tl.constexpr,
+        CODED: tl.constexpr,
+        RANDOM: tl.constexpr,
         HAS_MULTIPLIERS: tl.constexpr,
         HAS_FACTORS: tl.constexpr,
         LINES: tl.constexpr,
@@ -129,13 +161,13 @@ if HAS_TRITON:
                 update_chunk(
                     entry, slots, start, remaining, factor, multiplier,
                     lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, RULE, FLAGS, STATES,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LINES, False,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LOAD_2, STORE_2, CODED, RANDOM, LINES, False,
                 )  # fmt: skip
             else:
                 update_chunk(
                     entry, slots, start, remaining, factor, multiplier,
                     lr, weight_decay, beta1, beta2, eps, correction1, correction2_sqrt, RULE, FLAGS, STATES,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LINES, True,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, LOAD, STORE, LOAD_2, STORE_2, CODED, RANDOM, LINES, True,
                 )  # fmt: skip
 
 
@@ -151,10 +183,21 @@ def columns_of(
     return columns
 
 
+def constants(rule: Rule, codecs: Sequence[Codec], flags: int, param: str, grad: str, state: str) -> dict[str, Any]:
+    """The kernel's constants but for its multipliers; `flags` is `Rule.bits`, the others are element types."""
+    first, last = codecs[0], codecs[-1]
+    return {
+        "RULE": rule.kernel, "FLAGS": flags, "STATES": len(rule.state), "PARAM_TYPE": param, "GRAD_TYPE": grad,
+        "STATE_TYPE": state, "LOAD": first.load, "STORE": first.store, "LOAD_2": last.load, "STORE_2": last.store,
+        "CODED": len(codecs) == 2 and last.block > 0,
+        "RANDOM": param != "fp32" or any(codec.random for codec in codecs), "LINES": LINES, "LAYOUT": L.KEY + T.KEY,
+    }  # fmt: skip
+
+
 def launch_batch(
     rule: Rule,
     batch: Batch,
-    codec: Codec,
+    codecs: Sequence[Codec],
     control: Tensor,
     lr_multipliers: Tensor | None,
     grad_factors: Tensor | None,
@@ -170,18 +213,9 @@ def launch_batch(
         control,
         control if lr_multipliers is None else lr_multipliers,
         control if grad_factors is None else grad_factors,
-        RULE=rule.kernel,
-        FLAGS=flags,
-        STATES=len(rule.state),
-        PARAM_TYPE=batch.types[T.PARAM],
-        GRAD_TYPE=batch.types[T.GRAD],
-        STATE_TYPE=batch.types[T.STATE],
-        LOAD=codec.load,
-        STORE=codec.store,
         HAS_MULTIPLIERS=lr_multipliers is not None,
         HAS_FACTORS=grad_factors is not None,
-        LINES=LINES,
-        LAYOUT=L.KEY + T.KEY,
+        **constants(rule, codecs, flags, batch.types[T.PARAM], batch.types[T.GRAD], batch.types[T.STATE]),
     )
 
 
@@ -198,12 +232,12 @@ def launch_update(
     flags: int,
 ) -> None:
     """`dispatch.update_` by the kernel, with arguments that it has checked."""
+    codecs = rule.codecs_of(state)
     for batch in batches(columns_of(rule, params, grads, state), rows, ids, read_only=(T.GRAD,)):
-        codec = codec_of(state[rule.state[0]][batch.indices[0]])
         here = control.to(batch.device, non_blocking=True)
         multipliers, factors = (
             None if values is None else values.to(batch.device, non_blocking=True)
             for values in (lr_multipliers, grad_factors)
         )
-        launch_batch(rule, batch, codec, here, multipliers, factors, flags)
+        launch_batch(rule, batch, codecs, here, multipliers, factors, flags)
         batch.finish()

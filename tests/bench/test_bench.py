@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cruxy_kernels import dequantize_blockwise, quantize_blockwise
+from cruxy_kernels import CODECS, dequantize_blockwise, quantize_blockwise
 from cruxy_kernels.codec import BLOCK, SHARPNESS
 from cruxy_triton.bench import census, codec, rounding, step
+from cruxy_triton.bench.characters import Text, embedded_text
+from cruxy_triton.bench.stress import QUICK
 from cruxy_triton.cli import main
 from cruxy_triton.errors import UserError
 
@@ -59,6 +61,30 @@ def test_the_candidate_is_the_codec_that_is_used():
     torch.testing.assert_close(candidate.round_trip(m), stored, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["softsign4", "quartic8"])
+def test_the_drawn_candidates_are_the_codecs_that_are_used(name):
+    """What a candidate gives back is what the codec stores as it is."""
+    candidate = {"softsign4": codec.FOUR_BITS, "quartic8": codec.SECOND_MOMENT}[name]
+    m = torch.randn(6400) * torch.exp(torch.randn(6400))
+    m = m if candidate.signed else m.square()
+    m[::64] = 1024.0  # largest of its block and a scale as it is: a draw below it would change the scale
+    back = candidate.round_trip(m, torch.Generator().manual_seed(0))
+    stored = dequantize_blockwise(*quantize_blockwise(back, codec=name), codec=name, shape=m.shape)
+    torch.testing.assert_close(back, stored, rtol=1e-5, atol=0)
+    assert (back != m).any()
+    assert candidate.state_bytes == CODECS[name].bytes_per_value
+
+
+def test_losses_of_kept_states():
+    text = Text(embedded_text(), QUICK)
+    rows = codec.losses(text, 1, lambda line: None)
+    assert [row["state"] for row in rows] == list(codec.KEPT)
+    for row in rows:
+        exact = rows[0] if row["state"].startswith("Lion") else rows[3]
+        assert row["mean"] == pytest.approx(exact["mean"], rel=0.02)
+    assert len({row["mean"] for row in rows}) == len(rows)
+
+
 def test_flips_are_counted_where_signs_differ():
     nothing = codec.Candidate("forgets", 64, compress=lambda x: x * 0, expand=lambda y: y)
     exact = codec.Candidate("exact enough", 32, **codec.power(0.5))
@@ -107,6 +133,8 @@ def test_step_on_a_small_census(monkeypatch, capsys):
         (["step", "--census", "gpt5"], "unknown census"),
         (["step", "--rounds", "0"], "at least 1"),
         (["codec", "--gradients", "nowhere"], "no such file"),
+        (["codec"], "give --gradients or --text"),
+        (["codec", "--text", "nowhere"], "nowhere"),
         (["codec", "--gradients", "pyproject.toml"], "cannot read gradients"),
     ],
 )

@@ -43,9 +43,9 @@ def call(rule, device, coded=False):
         "lr_multipliers": torch.ones(2, device=device),
     }
     state = {name: [torch.rand(s, device=device) for s in shapes] for name in RULES[rule].state}
-    if coded:
-        for name in RULES[rule].state:
-            pairs = [quantize_blockwise(t, backend="torch") for t in state[name]]
+    if coded:  # 8 bits, or so many
+        for name, codec in zip(RULES[rule].state, RULES[rule].codecs(8 if coded is True else coded), strict=True):
+            pairs = [quantize_blockwise(t, codec=codec.name, backend="torch") for t in state[name]]
             state[name], state[name + "_scale"] = [c for c, _ in pairs], [s for _, s in pairs]
     return made | {"state": state}
 
@@ -132,11 +132,11 @@ BAD_CODES = {
     "scales elsewhere": replace("SCALE", 1, lambda t: t.to("meta")),
     "fewer codes": replace("STATE", 1, lambda t: t[:1]),
     "floating-point codes": replace("STATE", 1, lambda t: t.float()),
-    "uint8 codes": replace("STATE", 1, lambda t: t.view(torch.uint8)),
+    "int16 codes": replace("STATE", 1, lambda t: t.to(torch.int16)),
     "no scales for one": replace("SCALE", None, lambda ts: ts[:1]),
     "scales dropped": drop("SCALE"),
 }
-CODED = [name for name, case in RULE_CASES.items() if any(isinstance(kept, int) for kept in case.STORAGE)]
+CODED = [(name, bits) for name in RULE_CASES for bits in RULES[name].state_bits if bits != 32]
 
 
 def written(arguments):
@@ -169,9 +169,9 @@ def test_updates_refuse(place, rule, fault):
 
 
 @pytest.mark.parametrize("fault", BAD_CODES)
-@pytest.mark.parametrize("rule", CODED)
-def test_coded_updates_refuse(place, rule, fault):
-    arguments = call(rule, place.device, coded=True)
+@pytest.mark.parametrize(("rule", "bits"), CODED)
+def test_coded_updates_refuse(place, rule, bits, fault):
+    arguments = call(rule, place.device, coded=bits)
     backend = serving(place, rule)
     update_(backend=backend, **arguments)
     BAD_CODES[fault](arguments)
@@ -326,16 +326,21 @@ def test_codecs_refuse(place):
     assert "floating-point" in same_refusal(place, quantize_blockwise, x.int())
     assert "no codec has 3 bits; expected 8" in same_refusal(place, quantize_blockwise, x, bits=3)
     assert "no codec has 32 bits" in same_refusal(place, quantize_blockwise, x, bits=32)
-    for bits in [bits for bits, codec in CODECS.items() if codec.block]:
-        codes, scales = quantize_blockwise(x, bits=bits)
+    for codec in [codec for codec in CODECS.values() if codec.block]:
+
+        def says(*arguments, codec=codec, **named):
+            return same_refusal(place, dequantize_blockwise, *arguments, codec=codec.name, **named)
+
+        codes, scales = quantize_blockwise(x, codec=codec.name)
         for bad in (scales[:1], torch.cat([scales, scales]), scales[:, None]):
-            assert "need scales of shape (2,)" in same_refusal(place, dequantize_blockwise, codes, bad)
+            assert "need scales of shape (2,)" in says(codes, bad)
         for bad in (scales.float(), scales.half()):
-            assert "bfloat16 scales" in same_refusal(place, dequantize_blockwise, codes, bad)
+            assert "bfloat16 scales" in says(codes, bad)
         for bad in (codes.int(), x):
-            assert "expected int8" in same_refusal(place, dequantize_blockwise, bad, scales)
-        assert "floating-point" in same_refusal(place, dequantize_blockwise, codes, scales, torch.int32)
-        assert "meta" in same_refusal(place, dequantize_blockwise, codes, scales.to("meta"))
+            assert f"expected {str(codec.dtype).removeprefix('torch.')}" in says(bad, scales)
+        assert "floating-point" in says(codes, scales, torch.int32)
+        assert "meta" in says(codes, scales.to("meta"))
+        assert "of a tensor of shape (7,)" in says(codes, scales, shape=(7,))
 
 
 def test_empty_lists_and_tensors(place):

@@ -94,3 +94,13 @@ def test_codes_and_scales_belong_together():
         cruxy_kernels.lion_update_([p], [p.clone()], [codes], control)
     with pytest.raises(TypeError, match=r"torch\.float32 with scales; lion has no such codes"):
         cruxy_kernels.lion_update_([p], [p.clone()], [p.clone()], control, exp_avg_scales=[scales])
+
+
+def test_a_codec_that_the_loops_do_not_have_goes_to_pytorch(monkeypatch):
+    monkeypatch.delitem(dispatch.native.CODES, "softsign4")
+    p, (codes, scales) = torch.ones(1 << 19), cruxy_kernels.quantize_blockwise(torch.ones(1 << 19), bits=4)
+    arguments = ([p], [p.clone()], {"exp_avg": [codes], "exp_avg_scale": [scales]})
+    assert dispatch.choose_for_update(RULES["lion"], *arguments, None) == "torch"
+    if dispatch.native.library()[0] is not None:
+        with pytest.raises(TypeError, match=r"cannot serve the codec softsign4: native\.cpp has softsign8"):
+            dispatch.choose_for_update(RULES["lion"], *arguments, "native")

@@ -65,7 +65,8 @@ MORE = {
     "first row for all": ("update.py", "tl.load(entry + T.ROW) * L.NUM_SLOTS", "tl.load(entry + T.ROW) * 0", [FORMULA]),
     "place for id": ("update.py", "tl.load(entry + T.ID)", "tl.load(entry + T.INDEX)", [STORAGE]),
     "one seed for all": ("update.py", "tl.load(slots + L.SEED).to(tl.int32)", "tl.load(slots).to(tl.int32)", [STORAGE]),
-    "first state twice": ("update.py", "m = load_state(entry, 0,", "m = load_state(entry, STATES - 1,", [FORMULA]),
+    "first state twice": ("update.py", "if not CODED:\n            m = load_state(entry, 0,",
+                          "if not CODED:\n            m = load_state(entry, STATES - 1,", [FORMULA]),
     "32-bit offsets": (
         "laws/telemetry.py",
         "tl.load(chunk_index + chunk).to(tl.int64) * (LINES * 8)",
@@ -86,9 +87,27 @@ MORE = {
     ),
     "codec that overflows": (
         "codec.py",
-        "quotient * (0.125 * (1 + _SHARPNESS) * _LEVELS) + 0.5",
-        "(magnitude * (0.125 * (1 + _SHARPNESS) * _LEVELS)) / (scale * 0.125 + magnitude * (0.125 * _SHARPNESS)) + 0.5",
+        "return quotient * (0.125 * (1 + _SHARPNESS) * LEVELS)",
+        "return (magnitude * (0.125 * (1 + _SHARPNESS) * LEVELS)) / (scale * 0.125 + magnitude * (0.125 * _SHARPNESS))",
         ["test_codecs.py::test_the_end_of_the_range"],
+    ),
+    "halves swapped": (
+        "codec.py",
+        "((first & 15) | (second << 4))",
+        "((second & 15) | (first << 4))",
+        ["test_codecs.py::test_codes_are_those_of_the_formula"],
+    ),
+    "up by the level and not by the value": (
+        "codec.py",
+        "usable, low + tl.where(chance > threshold_kernel(random) * whole",
+        "usable, low + tl.where(exact - low > threshold_kernel(random)",
+        ["test_rules.py::test_dtypes_and_storage"],
+    ),
+    "the parameter's bits for the momentum's": (
+        "codec.py",
+        "((random >> 16).to(tl.int32) + 1)",
+        "((random & 0xFFFF).to(tl.int32) + 1)",
+        ["test_rules.py::test_dtypes_and_storage"],
     ),
     "rounding always down": (
         "rounding.py",

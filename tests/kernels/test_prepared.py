@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import RULE_CASES
 
-from cruxy_kernels import CODECS, PreparedUpdate, control_step, gradient_telemetry, new_control, update_
+from cruxy_kernels import RULES, PreparedUpdate, control_step, gradient_telemetry, new_control, update_
 from cruxy_kernels.backends import native
 
 SHAPES = [(100,), (3, 43), (), (0,), (2100,)]
@@ -22,10 +22,10 @@ def make(rule, kept, device, mixed):
     params, state = tensors(), {}
     if mixed:
         params[1], params[4] = params[1].half(), params[4].bfloat16()
-    for name in RULE_CASES[rule].STATE:
+    for i, name in enumerate(RULE_CASES[rule].STATE):
         values = [t.abs() for t in tensors()]
         if isinstance(kept, int):
-            pairs = [CODECS[kept].encode(t) for t in values]
+            pairs = [RULES[rule].codecs(kept)[i].encode(t) for t in values]
             state[name], state[name + "_scale"] = [c for c, _ in pairs], [s for _, s in pairs]
         else:
             state[name] = [t.to(getattr(torch, kept)) for t in values]

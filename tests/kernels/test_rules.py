@@ -14,7 +14,6 @@ from cruxy_kernels import (
     CODECS,
     RULES,
     control_step,
-    dequantize_blockwise,
     gradient_telemetry,
     new_control,
     quantize_blockwise,
@@ -45,7 +44,14 @@ def test_every_rule_has_its_case():
         assert dict(rule.flags) == case.FLAGS
         assert {FLOATS[kept] for kept in case.STORAGE if kept in FLOATS} == set(rule.storage)
         assert {32, *(kept for kept in case.STORAGE if kept not in FLOATS)} == set(rule.state_bits)
-    assert set(CODEC_CASES) == {bits for bits, codec in CODECS.items() if codec.block}
+    assert set(CODEC_CASES) == {name for name, codec in CODECS.items() if codec.block}
+    for rule in RULES.values():
+        for bits in rule.state_bits:  # the bits that the parameters leave are enough for one
+            assert sum(codec.random for codec in rule.codecs(bits)) <= 1
+        for buffer in range(len(rule.state)):  # by which a state is recognised
+            dtypes = [rule.codecs(bits)[buffer].dtype for bits in rule.state_bits]
+            assert len(set(dtypes)) == len(dtypes)
+    assert {name for rule in RULES.values() for names in rule.state_bits.values() for name in names} == set(CODECS)
 
 
 # -- a step and its oracle -----------------------------------------------------------------------------------
@@ -56,6 +62,10 @@ def randn(shapes, seed, device="cpu", dtype=torch.float32, scale=1.0):
     return [(scale * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
 
 
+def codec_of(rule, bits, name):
+    return RULES[rule].codecs(bits)[RULES[rule].state.index(name)]
+
+
 def make_state(rule, kept, values, device):
     """The state of a rule whose buffers hold about `values` (a list of lists of fp32 tensors), kept as `kept`."""
     state = {}
@@ -64,7 +74,7 @@ def make_state(rule, kept, values, device):
         if kept in FLOATS:
             state[name] = [t.to(device, FLOATS[kept]) for t in tensors]
         else:
-            pairs = [CODECS[kept].encode(t) for t in tensors]
+            pairs = [codec_of(rule, kept, name).encode(t) for t in tensors]
             state[name] = [codes.to(device) for codes, _ in pairs]
             state[name + "_scale"] = [scales.to(device) for _, scales in pairs]
     return state
@@ -92,10 +102,10 @@ class Step:
         """A state buffer as float64."""
         if self.kept in FLOATS:
             return wide(self.state[name][i])
-        codes, scales = self.state[name][i], self.state[name + "_scale"][i]
-        block = CODECS[self.kept].block
-        spread = wide(scales).repeat(block)[: codes.numel()].reshape(codes.shape)
-        return CODEC_CASES[self.kept].value(wide(codes), spread)
+        codec, shape = codec_of(self.rule, self.kept, name), self.params[i].shape
+        case, numel = CODEC_CASES[codec.name], shape.numel()
+        spread = wide(self.state[name + "_scale"][i]).repeat(codec.block)[:numel]
+        return case.value(case.unpack(wide(self.state[name][i]).reshape(-1), numel), spread).reshape(shape)
 
     def run(self, control, **arguments):
         """False where the compiled loops do not have the rule: they say so and touch nothing."""
@@ -122,7 +132,7 @@ class Step:
             assert not ordinary or decided.size < 100 or decided.mean() > 0.99
             self.check_param(i, wanted["param"], decided, c, i if ids is None else ids[i])
             for name in self.case.STATE:
-                self.check_state(name, i, *wanted[name])
+                self.check_state(name, i, *wanted[name], c, i if ids is None else ids[i])
 
     def check_param(self, i, wanted, decided, c, number):
         (value, terms), dtype = wanted, self.params[i].dtype
@@ -137,14 +147,17 @@ class Step:
         assert_within(found, value[decided], gap + bound)
         assert (found != expected).sum() <= 2 + 2e-3 * found.size
 
-    def check_state(self, name, i, value, terms):
+    def check_state(self, name, i, value, terms, c, number):
         found, bound = self.values(name, i), ROUNDINGS * terms + 1e-37
         if self.kept in ("float16", "bfloat16"):
             assert_within(found, value, 0.5 * neighbours(value, FLOATS[self.kept])[1] + bound)
         elif self.kept == "float32":
             assert_within(found, value, bound)
         else:
-            check_codes(self.kept, self.state[name][i], self.state[name + "_scale"][i], value, bound)
+            codec, random = codec_of(self.rule, self.kept, name), None
+            if codec.random:
+                random = draws(int(c.seed), int(c.step), number, value.size)
+            check_codes(codec, self.state[name][i], self.state[name + "_scale"][i], value, bound, random)
 
 
 def assert_within(found, wanted, bound):
@@ -153,17 +166,19 @@ def assert_within(found, wanted, bound):
     assert (error <= bound).all(), f"{(error / bound).max()} times the bound"
 
 
-def check_codes(bits, codes, scales, value, bound):
+def check_codes(codec, codes, scales, value, bound, random):
     """Codes and scales are those of `value`, give or take what `bound` moves it by."""
-    case, block = CODEC_CASES[bits], CODECS[bits].block
-    value, bound, codes = value.reshape(-1), bound.reshape(-1), wide(codes).reshape(-1)
+    case, block = CODEC_CASES[codec.name], codec.block
+    value, bound = value.reshape(-1), bound.reshape(-1)
+    codes = case.unpack(wide(codes).reshape(-1), value.size)
     spread = wide(scales).repeat(block)[: value.size]
     for start in range(0, value.size, block):
         part, slack = np.abs(value[start : start + block]), bound[start : start + block].max()
         low, high = case.scale(np.array([part.max() - slack, part.max() + slack]))
         assert low <= spread[start] <= high
-    near = 0.5 + 1e-4 + np.abs(case.level(np.abs(value) + bound, spread) - case.level(value, spread))
-    assert (np.abs(np.minimum(case.level(value, spread), 127) - np.abs(codes)) <= near).all()
+    low, _ = case.codes(np.maximum(np.abs(value) - bound, 0), spread, random)
+    _, high = case.codes(np.abs(value) + bound, spread, random)
+    assert ((low <= np.abs(codes)) & (np.abs(codes) <= high)).all()
     assert (codes * value >= 0).all()
 
 
@@ -330,14 +345,20 @@ def test_a_coded_state_is_the_codec_around_the_update(place, control_rows, rule)
         shapes += [(3 * PIECE_CPU + 77,)] if place.backend != "triton" else [(4100,)]
         coded, plain = Step(rule, place, shapes, kept=bits), Step(rule, place, shapes)
         for name in RULE_CASES[rule].STATE:
-            pairs = zip(coded.state[name], coded.state[name + "_scale"], strict=True)
-            plain.state[name] = [dequantize_blockwise(c, s, backend="torch") for c, s in pairs]
+            pairs, codec = zip(coded.state[name], coded.state[name + "_scale"], strict=True), codec_of(rule, bits, name)
+            plain.state[name] = [codec.decode(c, s, p.shape) for (c, s), p in zip(pairs, plain.params, strict=True)]
         control = control_rows(device=place.device)
         if not (coded.run(control) and plain.run(control)):
             return
         assert all(torch.equal(a, b) for a, b in zip(coded.params, plain.params, strict=True))
         for name, i in product(RULE_CASES[rule].STATE, range(len(shapes))):
-            codes, scales = quantize_blockwise(plain.state[name][i], bits=bits, backend=place.backend)
+            codec, x = codec_of(rule, bits, name), plain.state[name][i]
+            codes, scales = quantize_blockwise(x, codec=codec.name, backend=place.backend)
+            if codec.random:
+                c = row_values(control, 0)
+                random = draws(int(c.seed), int(c.step), i, x.numel())
+                random = torch.from_numpy(random.astype(np.uint32).view(np.int32)).to(x.device)
+                codes, scales = codec.encode(x, random)
             assert torch.equal(codes, coded.state[name][i])
             assert torch.equal(scales, coded.state[name + "_scale"][i])
 

@@ -49,7 +49,7 @@ def work(place, seed, sets):
     for i in range(sets):
         sizes = [65 + i, 3, 130]
         p, g, m, v = ([make(n) for n in sizes] for _ in range(4))
-        codes, scales = zip(*[CODECS[8].encode(t) for t in m], strict=True)
+        codes, scales = zip(*[CODECS["softsign8"].encode(t) for t in m], strict=True)
         models.append((p, g, m, [t.abs() for t in v], list(codes), list(scales), new_control(device=place.device)))
     for _ in range(2):
         for p, g, m, v, codes, scales, control in models:

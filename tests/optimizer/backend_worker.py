@@ -24,6 +24,8 @@ RUNS = {
     "stability_v2 lion": {"mode": "stability_v2", "use_lion": True},
     "meta3 lion": {"use_lion": True},
     "meta3 lion 8-bit": {"use_lion": True, "state_bits": 8},
+    "meta3 adamw 8-bit": {"state_bits": 8},
+    "meta3 lion 4-bit": {"use_lion": True, "state_bits": 4},
     "meta3 adamw coupled": {"decoupled_weight_decay": False, "use_nesterov": False, "weight_decay": 0.1},
     "meta3 lion fp16": {"use_lion": True, "dtype": torch.float16},
     "meta3 adamw bf16": {"dtype": torch.bfloat16},

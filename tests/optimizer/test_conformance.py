@@ -43,8 +43,9 @@ def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     settings += [
         {"lr": 0.01}, {"lr": torch.tensor(0.01)}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True},
         {"maximize": True, "use_lion": True}, {"use_nesterov": False}, {"decoupled_weight_decay": False},
-        {"use_gc": True}, {"state_bits": 8, "use_lion": True}, {"bounds": None}, {"guard": False},
-        {"capturable": True}, {"betas": (0.8, 0.9)}, {"eps": 1e-6}, {"gamma_norm": 2.0}, {"meta_interval": 1},
+        {"use_gc": True}, {"state_bits": 8, "use_lion": True}, {"state_bits": 4, "use_lion": True}, {"bounds": None},
+        {"state_bits": 8}, {"guard": False}, {"capturable": True}, {"betas": (0.8, 0.9)}, {"eps": 1e-6},
+        {"gamma_norm": 2.0}, {"meta_interval": 1},
         {"lr": torch.tensor([0.01]), "capturable": True}, {"history": 0},
     ]  # fmt: skip
     return [OptimizerInput(params=None, kwargs=s, desc=str(s)) for s in settings]
@@ -67,8 +68,9 @@ def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         ({"meta_lr_beta2": 1.5}, "meta_lr_beta2"),
         ({"bounds": (2.0, 4.0)}, "bounds"),
         ({"bounds": (0.0, 4.0)}, "bounds"),
-        ({"state_bits": 4}, "state_bits"),
-        ({"state_bits": 8}, "use_lion=True"),
+        ({"state_bits": 5}, "state_bits"),
+        ({"state_bits": 4}, "use_lion=True"),
+        ({"state_bits": 16}, "state_bits is 16; expected 4 or 8 or 32"),
         ({"backend": "cuda"}, "backend"),
         ({"history": -1}, "history"),
     ]

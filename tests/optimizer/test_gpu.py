@@ -17,6 +17,8 @@ SETTINGS = {
     "adamw": {},
     "lion": {"use_lion": True, "betas": (0.9, 0.99), "lr": 1e-4},
     "lion8": {"use_lion": True, "betas": (0.9, 0.99), "lr": 1e-4, "state_bits": 8},
+    "adamw8": {"lr": 1e-3, "state_bits": 8},
+    "lion4": {"use_lion": True, "betas": (0.9, 0.99), "lr": 1e-4, "state_bits": 4},
     "v1": {"mode": "stability_v1"},
     "v2": {"mode": "stability_v2"},
     "clip": {"clip": "tensor"},

@@ -17,7 +17,8 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.backends import native
 from cruxy_triton import CruxyOptimizer
 
-RULES = {"adamw": {}, "lion": {"use_lion": True}, "lion8": {"use_lion": True, "state_bits": 8}}
+RULES = {"adamw": {}, "adamw8": {"state_bits": 8}, "lion": {"use_lion": True},
+         "lion8": {"use_lion": True, "state_bits": 8}, "lion4": {"use_lion": True, "state_bits": 4}}  # fmt: skip
 
 
 @pytest.fixture(params=list(RULES))
@@ -149,7 +150,7 @@ def test_an_appended_group_is_followed():
     assert [g["control"][L.STEP].item() for g in optimizer.param_groups] == [2, 2]
 
 
-@pytest.mark.parametrize("name", ["lion", "lion8"])
+@pytest.mark.parametrize("name", ["lion", "lion8", "lion4"])
 def test_late_joiners_share_a_row_where_age_means_nothing(name):
     """One tensor a step joins (experts that see their first token); Lion has no bias correction."""
     params = tensors(*[(3,)] * 20)

@@ -202,7 +202,7 @@ GPT2 = {"vocab_size": 4000, "n_embd": 256, "n_layer": 6, "n_head": 8, "n_positio
 )
 MPT = {"vocab_size": 4000, "d_model": 256, "n_heads": 8, "n_layers": 6, "max_seq_len": 1024, "attn_config": {}}
 UNKNOWN = [
-    ("gemma3_text", OPEN), ("phi3", FUSED), ("smollm3", OPEN), ("gpt2", OPEN), ("granite", FUSED), ("mpt", OPEN),
+    ("gemma3_text", OPEN), ("phi3", FUSED), ("smollm3", OPEN), ("gpt2", OPEN), ("granite", FUSED), ("mpt", PLAIN),
 ]  # fmt: skip
 
 

@@ -417,7 +417,7 @@ def test_own_profiles(tmp_path):
         ({"attention": "flash"}, "does not run"),
         ({"attention": "ring"}, "--attention is 'ring'; expected one of"),
         ({"optimizer": "adam"}, "--optimizer is 'adam'; expected one of .*; did you mean adamw"),
-        ({"optimizer": "adamw", "state_bits": 8}, "--state-bits 8 is for --optimizer cruxy-lion"),
+        ({"optimizer": "adamw", "state_bits": 8}, "--state-bits 8 is for --optimizer cruxy or cruxy-lion"),
         ({"target_modules": "q_proj,nope"}, "unknown LoRA targets nope"),
         ({"target_modules": []}, "at least one name"),
         ({"lora_dropout": 1.5}, "--lora-dropout"),

@@ -218,22 +218,22 @@ class Update:
         rng = self.rng = case.rng
         self.rule = rng.choice(list(RULES))
         rule = RULES[self.rule]
-        self.bits = rng.choice(rule.state_bits)
+        self.bits = rng.choice(list(rule.state_bits))
         count = rng.randrange(1, 5)
         shared = rng.choice(case.wide()) if rng.random() < 0.5 else None
         self.tensors: list[dict[str, Placed]] = []
         for _ in range(count):
             shape, param = case.shape(), shared or rng.choice(case.wide())
-            if self.bits == 8 and param == torch.float64:
+            if self.bits != 32 and param == torch.float64:
                 param = torch.float32
             grad = param if rng.random() < 0.6 else rng.choice(case.wide())
             drawn = {"p": case.draw(shape, param), "g": case.draw(shape, grad)}
-            for name in rule.state:
+            for coding, name in zip(rule.codecs(self.bits), rule.state, strict=True):
                 values = case.draw(shape, torch.float32)
                 if name.endswith("sq"):
                     values = values.square().clamp(max=1e30)
-                if self.bits == 8:
-                    drawn[name], drawn[name + "_scale"] = CODECS[8].encode(values)
+                if coding.block:
+                    drawn[name], drawn[name + "_scale"] = coding.encode(values)
                 else:
                     allowed = (torch.float64,) if param == torch.float64 else rule.storage
                     kept = rng.choice(allowed)
@@ -354,7 +354,7 @@ def wrong(case: Case) -> None:
         "control meta": lambda: a.update(control=a["control"].to("meta")),
         "backend": lambda: a.update(backend="cuda"),
     }
-    if given.bits == 8:
+    if given.bits != 32:
         scales = a["state"][name if name.endswith("_scale") else name + "_scale"]
         ways |= {
             "scales dtype": lambda: scales.__setitem__(i, scales[i].float()),
@@ -379,14 +379,18 @@ def codec(case: Case) -> None:
     rng = case.rng
     dtype = rng.choice((*FLOATS, torch.float64))
     values = case.draw(case.shape(), dtype, spread=rng.uniform(0, 8), top=rng.choice((3.0, 30.0)))
-    placed = Placed(rng, case.special(values), may_expand=True)
-    codes, scales = kernels.quantize_blockwise(placed.tensor, backend=BACKEND)
+    name = rng.choice([name for name, codec in CODECS.items() if codec.block])
+    special = case.special(values)
+    placed = Placed(rng, special.abs() if name == "quartic8" else special, may_expand=name != "quartic8")
+    codes, scales = kernels.quantize_blockwise(placed.tensor, codec=name, backend=BACKEND)
     placed.check("x", whole=True)
-    verdict(oracles.check_codes(codes, scales, placed.values.float().double()))
+    verdict(oracles.check_codes(name, codes, scales, placed.values.float().double()))
     out = rng.choice((*FLOATS, torch.float64))
     held = [Placed(rng, codes), Placed(rng, scales)]
-    back = kernels.dequantize_blockwise(held[0].tensor, held[1].tensor, out, backend=BACKEND)
-    exact = oracles.decode(codes, scales).view(codes.shape)
+    back = kernels.dequantize_blockwise(
+        held[0].tensor, held[1].tensor, out, codec=name, shape=values.shape, backend=BACKEND
+    )
+    exact = oracles.decode(name, codes, scales, values.numel()).view(values.shape)
     verdict(oracles.check_values("decoded", back, exact, exact.abs()))
     for h in held:
         h.check("codes or scales", whole=True)

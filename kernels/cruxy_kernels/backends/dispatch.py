@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import codec as codec_module
 from .._triton import HAS_TRITON
-from ..codec import CODECS, Codec, codec_of, scale_name
+from ..codec import CODECS, PLAIN, Codec, scale_name
 from ..launch import launch, on_device
 from ..laws import layout as L
 from ..laws.clipping import TensorClip
@@ -97,7 +97,9 @@ def _obstacle(type: str, index: int | None, interpret: bool) -> tuple[str | None
     return None, f"{name} ({arch})"
 
 
-def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | None = None) -> str:
+def choose(
+    tensors: Sequence[Tensor], backend: str | None = None, rule: str | None = None, codecs: Sequence[Codec] = ()
+) -> str:
     """The backend for a call on these parameters, gradients and states, with this update rule.
 
     Dtypes that no kernel stores (float64) go to PyTorch, as do CPU steps that are too small to compile for.
@@ -107,7 +109,7 @@ def choose(tensors: Sequence[Tensor], backend: str | None = None, rule: str | No
         return "torch"
     chosen = explain(tensors[0].device, backend)[0]
     if chosen == "native":
-        obstacle = native.obstacle(tensors, rule)
+        obstacle = native.obstacle(tensors, rule, codecs)
         if obstacle is not None:
             if not is_open:
                 raise TypeError(f"backend 'native' cannot serve {obstacle}")
@@ -131,7 +133,8 @@ def choose_for_update(
     backend: str | None,
 ) -> str:
     """The backend that serves this update."""
-    return choose([*params, *grads, *[t for name in rule.state for t in state[name]]], backend, rule.name)
+    buffers = [t for name in rule.state for t in state[name]]
+    return choose([*params, *grads, *buffers], backend, rule.name, rule.codecs_of(state))
 
 
 def _choose_small(device: torch.device, backend: str | None) -> str:
@@ -319,8 +322,8 @@ def update_(
         rule: "lion" or "adamw", see `RULES`.
         params, grads: tensors of the same shapes; float32, float16 or bfloat16 (float64: by PyTorch).
         state: for each name in `RULES[rule].state` a list of tensors of those shapes, in a dtype of the rule's
-            `storage`, or the codes of one of its codecs; then `name + "_scale"` holds their scales, for int8 codes
-            bfloat16 (ceil(numel/64),).
+            `storage`, or the codes of one of its codecs (`quantize_blockwise`; the same one for all tensors); then
+            `name + "_scale"` holds their scales, bfloat16 (ceil(numel/64),).
         control: float32 (num_rows, layout.NUM_SLOTS), contiguous, after `control_step`.
         rows: control row of each tensor; all in row 0 without it.
         ids: a number below 2^31 of each tensor, for the random bits of the rounding; its place in the list without.
@@ -370,7 +373,8 @@ def lion_update_(
 ) -> None:
     """Lion in place: `update_("lion", ...)` with its momentum as arguments (formula: rules/lion.py).
 
-    exp_avgs: float32, float16 or bfloat16, or int8 codes of `quantize_blockwise` with their `exp_avg_scales`.
+    exp_avgs: float32, float16 or bfloat16, or codes of `quantize_blockwise` in 8 or 4 bits with their
+    `exp_avg_scales`.
     """
     state = {"exp_avg": exp_avgs} | ({} if exp_avg_scales is None else {scale_name("exp_avg"): exp_avg_scales})
     update_(
@@ -386,6 +390,8 @@ def adamw_update_(
     exp_avg_sqs: Sequence[Tensor],
     control: Tensor,
     *,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     lr_multipliers: Tensor | None = None,
@@ -394,74 +400,115 @@ def adamw_update_(
     decoupled: bool = True,
     backend: str | None = None,
 ) -> None:
-    """AdamW in place: `update_("adamw", ...)` with its moments, float32, as arguments (formula: rules/adamw.py).
+    """AdamW in place: `update_("adamw", ...)` with its moments as arguments (formula: rules/adamw.py).
 
+    exp_avgs, exp_avg_sqs: float32, or codes of `quantize_blockwise`, "softsign8" and "quartic8", with their scales.
     nesterov: look one step of momentum ahead. decoupled: weight decay on the parameter (AdamW) and not through the
     gradient (Adam).
     """
+    state = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
+    for name, scales in (("exp_avg", exp_avg_scales), ("exp_avg_sq", exp_avg_sq_scales)):
+        if scales is not None:
+            state[scale_name(name)] = scales
     update_(
-        "adamw", params, grads, {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}, control, rows=rows, ids=ids,
-        lr_multipliers=lr_multipliers, grad_factors=grad_factors, nesterov=nesterov, decoupled=decoupled,
-        backend=backend,
+        "adamw", params, grads, state, control, rows=rows, ids=ids, lr_multipliers=lr_multipliers,
+        grad_factors=grad_factors, nesterov=nesterov, decoupled=decoupled, backend=backend,
     )  # fmt: skip
 
 
 # -- codecs ------------------------------------------------------------------
 
 
-def _coded(bits: int) -> Codec:
-    found = CODECS.get(bits)
+# What `bits` means where no codec is named: the codes of Lion's momentum.
+USUAL = {8: "softsign8", 4: "softsign4"}
+
+
+def _coded(bits: int, name: str | None) -> Codec:
+    if name is None and bits not in USUAL:
+        raise ValueError(f"no codec has {bits!r} bits; expected {' or '.join(map(str, USUAL))}")
+    found = CODECS.get(name or USUAL[bits])
     if found is None or not found.block:
-        expected = ", ".join(str(b) for b, c in sorted(CODECS.items()) if c.block)
-        raise ValueError(f"no codec has {bits!r} bits; expected {expected}")
+        raise ValueError(f"no codec is called {name!r}; expected {', '.join(n for n, c in CODECS.items() if c.block)}")
     return found
 
 
 @torch.no_grad()
-def quantize_blockwise(x: Tensor, *, bits: int = 8, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of `x` in the code of the updates' state; 1.03 bytes per value for 8 bits.
+def quantize_blockwise(
+    x: Tensor, *, bits: int = 8, codec: str | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of `x` in the code of the updates' state: 1.03 bytes per value for 8 bits, 0.53 for 4.
 
-    x: floating point, any shape. Codes: int8, its shape. Scales: bfloat16 (ceil(numel/64),), one per block of 64
-    consecutive values. Formula and limits: codec.py. Raises TypeError for other dtypes, ValueError for other bits.
+    Every value takes the nearest code; codecs that an update rounds at random take the nearest value here.
+
+    Args:
+        x: floating point, any shape.
+        bits: 8 or 4, the codes of Lion's momentum.
+        codec: any codec by its name in `CODECS` instead.
+        backend: "triton", "native" or "torch".
+
+    Returns:
+        8 bits: int8 of the shape of `x`; 4 bits: uint8 (ceil(numel/2),), two codes each. Scales: bfloat16
+        (ceil(numel/64),), one per block of 64 consecutive values. Formulas and limits: codec.py.
+
+    Raises:
+        TypeError: another dtype. ValueError: no such bits or codec.
     """
-    codec = _coded(bits)
+    chosen = _coded(bits, codec)
     _check_floating("x", [x])
     if _choose_small(x.device, backend) != "triton" or not x.numel():
-        return codec.encode(x)
+        return chosen.encode(x)
     values = x.detach().contiguous()
     if values.dtype not in (torch.float32, torch.float16):
         values = values.float()
-    codes = torch.empty(x.shape, dtype=codec.dtype, device=x.device)
-    scales = torch.empty(codec.scale_count(x.numel()), dtype=codec.scale_dtype, device=x.device)
-    _launch_codec("quantize_kernel", values, codes, scales.view(torch.int16), STORE=codec.store)
+    codes = torch.empty(chosen.shape(x.shape), dtype=chosen.dtype, device=x.device)
+    scales = torch.empty(chosen.scale_count(x.numel()), dtype=chosen.scale_dtype, device=x.device)
+    _launch_codec("quantize_kernel", x.numel(), values, codes, scales.view(torch.int16), STORE=chosen.store)
     return codes, scales
 
 
 @torch.no_grad()
 def dequantize_blockwise(
-    codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, *, backend: str | None = None
+    codes: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bits: int = 8,
+    codec: str | None = None,
+    shape: Sequence[int] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The values of codes and scales from `quantize_blockwise`, in `dtype`.
 
-    Raises TypeError or ValueError if codes, scales and dtype do not fit.
+    Args:
+        bits, codec, backend: as they were given there.
+        shape: of the result. Without it that of the codes; two codes in an element give a flat tensor of twice as
+            many, whose last value is none of the tensor's where that has an odd number.
+
+    Raises:
+        TypeError or ValueError: codes, scales, shape and dtype do not fit.
     """
-    codec = codec_of(codes)
-    if not codec.block:
-        raise TypeError(f"codes are {codes.dtype}; expected int8, as quantize_blockwise makes them")
-    codec.check(codes, scales)
+    chosen = _coded(bits, codec)
+    if codes.dtype != chosen.dtype:
+        wanted = str(chosen.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"codes are {codes.dtype}; expected {wanted}, as quantize_blockwise makes them with {chosen.bits} bits"
+        )
+    given = None if shape is None else torch.Size(shape)
+    chosen.check(codes, scales, given)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; expected a floating-point type")
     if _choose_small(codes.device, backend) != "triton" or not codes.numel():
-        return codec.decode(codes, scales).to(dtype)
-    codes = codes.contiguous()
+        return chosen.decode(codes, scales, given).to(dtype)
+    if given is None:
+        given = codes.shape if chosen.packed == 1 else torch.Size([codes.numel() * chosen.packed])
     kept = dtype if dtype in (torch.float32, torch.float16) else torch.float32
-    out = torch.empty(codes.shape, dtype=kept, device=codes.device)
-    _launch_codec("dequantize_kernel", codes, scales.contiguous().view(torch.int16), out, LOAD=codec.load)
+    out = torch.empty(given, dtype=kept, device=codes.device)
+    bits16 = scales.contiguous().view(torch.int16)
+    _launch_codec("dequantize_kernel", out.numel(), codes.contiguous(), bits16, out, LOAD=chosen.load)
     return out.to(dtype)
 
 
-def _launch_codec(kernel: str, first: Tensor, second: Tensor, third: Tensor, **function: Any) -> None:
-    numel = first.numel()
+def _launch_codec(kernel: str, numel: int, first: Tensor, second: Tensor, third: Tensor, **function: Any) -> None:
     aligned = all(t.data_ptr() % ALIGNMENT == 0 for t in (first, second, third))
     with on_device(first.device):
         launch(
@@ -523,30 +570,31 @@ def check_update(
             raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected float32 ({count},)")
     _check_floating("params", params)
     _check_floating("grads", grads)
+    codecs = rule.codecs_of(state) if count else rule.codecs(32)
     for i, p in enumerate(params):
         if grads[i].shape != p.shape or grads[i].device != p.device:
             raise ValueError(_misfit("grads", i, grads[i], p))
-        for name in rule.state:
+        for name, codec in zip(rule.state, codecs, strict=True):
             value = state[name][i]
-            if value.shape != p.shape or value.device != p.device:
-                raise ValueError(_misfit(name, i, value, p))
+            if value.device != p.device or value.shape != codec.shape(p.shape):
+                raise ValueError(_misfit(name, i, value, p, codec))
             if coded:
-                _check_codes(rule, name, i, value, state[scale_name(name)][i])
+                _check_codes(codec, name, i, value, state[scale_name(name)][i])
             elif value.dtype not in rule.storage and not value.dtype == p.dtype == torch.float64:
                 _refuse_storage(rule, name, i, value)
 
 
-def _misfit(name: str, i: int, value: Tensor, param: Tensor) -> str:
+def _misfit(name: str, i: int, value: Tensor, param: Tensor, codec: Codec = PLAIN) -> str:
+    wanted = "the shape and device of" if codec.packed == 1 else f"{codec.packed} values per element on the device of"
     return (
-        f"{name}[{i}] has shape {tuple(value.shape)} on {value.device}; expected the shape and device of params[{i}], "
-        f"{tuple(param.shape)} on {param.device}"
+        f"{name}[{i}] has shape {tuple(value.shape)} on {value.device}; expected {wanted} params[{i}], "
+        f"{tuple(codec.shape(param.shape))} on {param.device}"
     )
 
 
-def _check_codes(rule: Rule, name: str, i: int, codes: Tensor, scales: Tensor) -> None:
-    codec = codec_of(codes)
-    if not codec.block or codec.bits not in rule.state_bits:
-        raise TypeError(f"{name}[{i}] is {codes.dtype} with scales; {rule.name} has no such codes")
+def _check_codes(codec: Codec, name: str, i: int, codes: Tensor, scales: Tensor) -> None:
+    if codes.dtype != codec.dtype:
+        raise TypeError(f"{name}[{i}] is {codes.dtype} and {name}[0] {codec.dtype}; one call has codes of one codec")
     try:
         codec.check(codes, scales)
     except (TypeError, ValueError) as error:
@@ -554,8 +602,10 @@ def _check_codes(rule: Rule, name: str, i: int, codes: Tensor, scales: Tensor) -
 
 
 def _refuse_storage(rule: Rule, name: str, i: int, value: Tensor) -> None:
-    codec = codec_of(value)
-    if codec.block and codec.bits in rule.state_bits:
-        raise ValueError(f"{name} are {value.dtype} and {name}_scale is missing: int8 codes need their scales")
+    if value.dtype in {codec.dtype for bits in rule.state_bits for codec in rule.codecs(bits) if codec.block}:
+        raise ValueError(
+            f"{name} are {value.dtype} and {name}_scale is missing: "
+            f"{str(value.dtype).removeprefix('torch.')} codes need their scales"
+        )
     expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.storage)
     raise TypeError(f"{name}[{i}] is {value.dtype}; {rule.name} expected {expected}")

@@ -22,13 +22,14 @@ constexpr int64_t CHUNK = 16384;
 constexpr int64_t ALONE = 4;  // chunks that one thread does sooner than another one starts
 constexpr int64_t BLOCK = 64;  // codec.py
 constexpr int LANES = 64;
-constexpr float K = 3.0f, LEVELS = 127.0f;  // SHARPNESS, LEVELS there
+constexpr float K = 3.0f;  // SHARPNESS there
+constexpr float LEVELS = 127.0f, LEVELS_4 = 7.0f, LEVELS_ROOT = 255.0f, TOP = 255.0f * 255.0f * 255.0f * 255.0f;
 
-enum Type : int64_t { FP32, FP16, BF16, CODES };  // native.py's TYPES
+enum Type : int64_t { FP32, FP16, BF16, SOFTSIGN8, SOFTSIGN4, QUARTIC8 };  // native.py's TYPES and CODES
 
 struct Row {
     int64_t param, grad, state[2], scales[2];
-    int64_t param_type, grad_type, state_type, numel, row, index, id;
+    int64_t param_type, grad_type, state_type[2], numel, row, index, id;
 };
 
 // What an update reads from a control row; filled by native.py.
@@ -113,14 +114,16 @@ uint16_t float_to_fp16(float value) {
     return uint16_t(bits >> 16 & 0x8000) | uint16_t(half);
 }
 
-void decode(const int8_t* q, float scale, float* m) {
+// Codes of either width, a byte each here, and the values that they stand for.
+void decode(const int8_t* q, float levels, float scale, float* m) {
     for (int i = 0; i < BLOCK; ++i) {
         float code = float(int32_t(q[i]));
-        m[i] = code / (LEVELS * (1 + K) - K * std::fabs(code)) * scale;
+        m[i] = code / (levels * (1 + K) - K * std::fabs(code)) * scale;
     }
 }
 
-uint16_t encode(const float* m, int8_t* q) {
+// The bits of a block's scale, and the scale where it can divide, else 0.
+uint16_t block_scale(const float* m, float& scale) {
     int32_t bits[BLOCK], largest = 0;
     std::memcpy(bits, m, sizeof bits);
     // The largest bits are the largest magnitude, and NaN is above all.
@@ -128,8 +131,17 @@ uint16_t encode(const float* m, int8_t* q) {
     float absmax;
     std::memcpy(&absmax, &largest, 4);
     uint16_t scale_bits = float_to_bf16<true>(absmax);
-    float scale = bf16_to_float(scale_bits);
-    if (largest >= 0x7F800000 || scale == 0) {
+    scale = largest >= 0x7F800000 ? 0.0f : bf16_to_float(scale_bits);
+    return scale_bits;
+}
+
+float threshold(uint32_t random) { return float((random >> 16) + 1) * 0x1p-16f; }
+
+// random: null for codes that are rounded to the nearest one.
+uint16_t encode(const float* m, float levels, const uint32_t* random, int8_t* q) {
+    float scale;
+    uint16_t scale_bits = block_scale(m, scale);
+    if (scale == 0) {
         std::memset(q, 0, BLOCK);
         return scale_bits;
     }
@@ -137,10 +149,31 @@ uint16_t encode(const float* m, int8_t* q) {
     int32_t level[BLOCK];
     for (int i = 0; i < BLOCK; ++i) {
         float a = std::fabs(m[i]);
-        float x = a / (base + a * (0.125f * K)) * (0.125f * (1 + K) * LEVELS) + 0.5f;
-        level[i] = int32_t(x < LEVELS ? x : LEVELS);
+        float x = a / (base + a * (0.125f * K)) * (0.125f * (1 + K) * levels);
+        if (random) {
+            float low = float(int32_t(x < levels - 1 ? x : levels - 1)), full = levels * (1 + K);
+            float chance = (x - low) * (full - K - K * low);
+            level[i] = int32_t(low) + (chance > threshold(random[i]) * (full - K * x));
+        } else {
+            x += 0.5f;
+            level[i] = int32_t(x < levels ? x : levels);
+        }
     }
-    for (int i = 0; i < BLOCK; ++i) q[i] = int8_t(bits[i] < 0 ? -level[i] : level[i]);
+    for (int i = 0; i < BLOCK; ++i) q[i] = int8_t(m[i] < 0 ? -level[i] : level[i]);
+    return scale_bits;
+}
+
+uint16_t encode_quartic(const float* v, const uint32_t* random, uint8_t* q) {
+    float scale;
+    uint16_t scale_bits = block_scale(v, scale);
+    for (int i = 0; i < BLOCK; ++i) {
+        float part = v[i] / scale, x = std::sqrt(std::sqrt(part)) * LEVELS_ROOT;
+        float low = float(int32_t(x < LEVELS_ROOT - 1 ? x : LEVELS_ROOT - 1)), square = low * low;
+        float chance = part * TOP - square * square;
+        float whole = (2 * low + 1) * (2 * square + 2 * low + 1);
+        int32_t level = int32_t(low) + (chance > threshold(random[i]) * whole);
+        q[i] = uint8_t(scale > 0 && v[i] > 0 ? std::max(level, 1) : 0);
+    }
     return scale_bits;
 }
 
@@ -151,10 +184,31 @@ void load(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t 
         std::memcpy(out, at<const float>(address) + start, n * sizeof(float));
         return;
     }
-    if (type == CODES) {
+    if (type == SOFTSIGN8) {
         int8_t q[BLOCK] = {};
         std::memcpy(q, at<const int8_t>(address) + start, n);
-        decode(q, bf16_to_float(at<const uint16_t>(scales)[start / BLOCK]), out);
+        decode(q, LEVELS, bf16_to_float(at<const uint16_t>(scales)[start / BLOCK]), out);
+        return;
+    }
+    if (type == SOFTSIGN4) {
+        uint8_t pairs[BLOCK / 2] = {};
+        int8_t q[BLOCK];
+        std::memcpy(pairs, at<const uint8_t>(address) + start / 2, (n + 1) / 2);
+        for (int i = 0; i < BLOCK / 2; ++i) {
+            q[2 * i] = int8_t(int32_t(uint32_t(pairs[i]) << 28) >> 28);
+            q[2 * i + 1] = int8_t(int32_t(uint32_t(pairs[i]) << 24) >> 28);
+        }
+        decode(q, LEVELS_4, bf16_to_float(at<const uint16_t>(scales)[start / BLOCK]), out);
+        return;
+    }
+    if (type == QUARTIC8) {
+        uint8_t q[BLOCK] = {};
+        std::memcpy(q, at<const uint8_t>(address) + start, n);
+        const float scale = bf16_to_float(at<const uint16_t>(scales)[start / BLOCK]);
+        for (int i = 0; i < BLOCK; ++i) {
+            float code = float(int32_t(q[i])), square = code * code;
+            out[i] = square * square * (1 / TOP) * scale;
+        }
         return;
     }
     uint16_t bits[BLOCK] = {};
@@ -165,14 +219,25 @@ void load(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t 
         for (int i = 0; i < BLOCK; ++i) out[i] = fp16_to_float(bits[i]);
 }
 
-// Stores what `load` loads, rounded to nearest.
-void store(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t n, const float* values) {
+// Stores what `load` loads, rounded to nearest; codes that are drawn by `random`.
+void store(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t n, const float* values,
+           const uint32_t* random = nullptr) {
     if (type == FP32) {
         std::memcpy(at<float>(address) + start, values, n * sizeof(float));
-    } else if (type == CODES) {
+    } else if (type == SOFTSIGN8) {
         int8_t q[BLOCK];
-        at<uint16_t>(scales)[start / BLOCK] = encode(values, q);
+        at<uint16_t>(scales)[start / BLOCK] = encode(values, LEVELS, nullptr, q);
         std::memcpy(at<int8_t>(address) + start, q, n);
+    } else if (type == SOFTSIGN4) {
+        int8_t q[BLOCK];
+        uint8_t pairs[BLOCK / 2];
+        at<uint16_t>(scales)[start / BLOCK] = encode(values, LEVELS_4, random, q);
+        for (int i = 0; i < BLOCK / 2; ++i) pairs[i] = uint8_t((q[2 * i] & 15) | q[2 * i + 1] << 4);
+        std::memcpy(at<uint8_t>(address) + start / 2, pairs, (n + 1) / 2);
+    } else if (type == QUARTIC8) {
+        uint8_t q[BLOCK];
+        at<uint16_t>(scales)[start / BLOCK] = encode_quartic(values, random, q);
+        std::memcpy(at<uint8_t>(address) + start, q, n);
     } else {
         uint16_t bits[BLOCK];
         if (type == BF16)
@@ -189,17 +254,20 @@ uint32_t hash32(uint32_t x) {  // rounding.py
     return x ^ (x >> 16);
 }
 
-// Stores parameters: fp32 as they are, 16 bits rounded stochastically (rounding.py, bit for bit).
-void store_param(const Row& row, const Values& c, int64_t start, int64_t n, const float* values) {
-    if (row.param_type == FP32) return store(FP32, row.param, 0, start, n, values);
+// The bits of a block (rounding.py): the lower ones round the parameters, the upper ones codes.
+void random_bits(const Row& row, const Values& c, int64_t start, uint32_t* random) {
     uint32_t key = hash32(uint32_t(row.id) + hash32(uint32_t(c.seed)));
     key = hash32(uint32_t(int64_t(c.step)) * 0x9E3779B9u + key);
-    uint16_t out[BLOCK];
-    const bool bf16 = row.param_type == BF16;
     // A block of 64 starts at a multiple of 64, so that its elements share the upper half of their index.
     const uint32_t high = hash32(key + uint32_t(uint64_t(start) >> 32)), low = uint32_t(start);
-    uint32_t random[BLOCK];
     for (uint32_t i = 0; i < BLOCK; ++i) random[i] = hash32((low + i) ^ high);
+}
+
+// Stores parameters: fp32 as they are, 16 bits rounded stochastically (rounding.py, bit for bit).
+void store_param(const Row& row, int64_t start, int64_t n, const float* values, const uint32_t* random) {
+    if (row.param_type == FP32) return store(FP32, row.param, 0, start, n, values);
+    uint16_t out[BLOCK];
+    const bool bf16 = row.param_type == BF16;
     if (bf16) {
         for (int i = 0; i < BLOCK; ++i) {
             uint32_t bits = as_bits(values[i]), magnitude = bits & 0x7FFFFFFF;
@@ -267,14 +335,19 @@ void update(const Row* rows, int64_t tensors, const Values* values, const float*
         if (factors) c.factor *= factors[row.index];
         const float multiplier = multipliers ? multipliers[row.index] : 1.0f;
         float p[BLOCK], g[BLOCK], state[2][BLOCK];
+        uint32_t random[BLOCK];
+        const bool draws = row.param_type != FP32 || row.state_type[0] == SOFTSIGN4 || row.state_type[1] == QUARTIC8;
         for (int64_t k = 0; k < piece.length; k += BLOCK) {
             const int64_t start = piece.start + k, n = std::min(BLOCK, piece.length - k);
             load(row.param_type, row.param, 0, start, n, p);
             load(row.grad_type, row.grad, 0, start, n, g);
-            for (int s = 0; s < Rule::STATES; ++s) load(row.state_type, row.state[s], row.scales[s], start, n, state[s]);
+            for (int s = 0; s < Rule::STATES; ++s)
+                load(row.state_type[s], row.state[s], row.scales[s], start, n, state[s]);
             Rule::block(c, multiplier, p, g, state[0], state[1]);
-            store_param(row, c, start, n, p);
-            for (int s = 0; s < Rule::STATES; ++s) store(row.state_type, row.state[s], row.scales[s], start, n, state[s]);
+            if (draws) random_bits(row, c, start, random);
+            store_param(row, start, n, p, random);
+            for (int s = 0; s < Rule::STATES; ++s)
+                store(row.state_type[s], row.state[s], row.scales[s], start, n, state[s], random);
         }
     });
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..codec import scale_name
+from ..codec import Codec, scale_name
 from ..laws import layout as L
 from ..laws.clipping import TensorClip, tensor_law
 from ..rules import Rule
@@ -33,7 +33,8 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off
          "-fno-trapping-math")  # fmt: skip
 # Below this a step takes less time than the compiler would: PyTorch serves it, unless the loops are there already.
 MIN_ELEMENTS = 1 << 18
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # native.cpp's Type
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # native.cpp's Type
+CODES = {"softsign8": 3, "softsign4": 4, "quartic8": 5}  # the same, of codecs
 _COMPILE_SECONDS = 300
 RULES_SERVED = ("lion", "adamw")  # the functions of native.cpp
 
@@ -147,11 +148,13 @@ def _compile(compiler: str, path: Path) -> None:
         os.replace(built, path)
 
 
-def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
+def obstacle(tensors: Sequence[Tensor], rule: str | None = None, codecs: Sequence[Codec] = ()) -> str | None:
     """Why these parameters, gradients and state buffers cannot be served, or None."""
     if rule not in (None, *RULES_SERVED):
         return f"the rule {rule}: native.cpp has {', '.join(RULES_SERVED)}"
-    if odd := {t.dtype for t in tensors} - set(TYPES):
+    if absent := [codec.name for codec in codecs if codec.block and codec.name not in CODES]:
+        return f"the codec {absent[0]}: native.cpp has {', '.join(CODES)}"
+    if odd := {t.dtype for t in tensors} - {*TYPES, torch.int8, torch.uint8}:
         return f"{', '.join(sorted(map(str, odd)))} tensors: it needs float32, float16 or bfloat16"
     if not all([t.is_cpu for t in tensors]):
         return "tensors that are not on the CPU"
@@ -159,8 +162,8 @@ def obstacle(tensors: Sequence[Tensor], rule: str | None = None) -> str | None:
 
 
 # Columns of native.cpp's Row.
-PARAM, GRAD, STATE, SCALE, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, NUMEL, ROW, INDEX, ID = 0, 1, 2, 4, 6, 7, 8, 9, 10, 11, 12
-COLUMNS = 13
+PARAM, GRAD, STATE, SCALE, PARAM_TYPE, GRAD_TYPE, STATE_TYPE = 0, 1, 2, 4, 6, 7, 8
+NUMEL, ROW, INDEX, ID, COLUMNS = 10, 11, 12, 13, 14
 
 
 def table_of(
@@ -170,6 +173,7 @@ def table_of(
     scales: Sequence[Sequence[Tensor] | None] = (),
     rows: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
+    codecs: Sequence[Codec] = (),
 ) -> Tensor:
     """int64 (tensors, COLUMNS): native.cpp's Rows of contiguous tensors, valid while they live."""
     table = torch.zeros((len(grads), COLUMNS), dtype=torch.int64)
@@ -180,9 +184,11 @@ def table_of(
     addresses |= {SCALE + i: tensors for i, tensors in enumerate(scales) if tensors is not None}
     for column, tensors in addresses.items():
         table[:, column] = torch.tensor([t.data_ptr() for t in tensors])
-    for column, tensors in ((PARAM_TYPE, params), (GRAD_TYPE, grads), (STATE_TYPE, states[0] if states else None)):
-        if tensors is not None:
-            table[:, column] = torch.tensor([TYPES[t.dtype] for t in tensors])
+    if params is not None:
+        table[:, PARAM_TYPE] = torch.tensor([TYPES[t.dtype] for t in params])
+    table[:, GRAD_TYPE] = torch.tensor([TYPES[g.dtype] for g in grads])
+    for i, (tensors, codec) in enumerate(zip(states, codecs, strict=True)):
+        table[:, STATE_TYPE + i] = CODES.get(codec.name) or torch.tensor([TYPES[t.dtype] for t in tensors])
     table[:, NUMEL] = torch.tensor([g.numel() for g in grads])
     table[:, INDEX] = torch.arange(len(grads))
     table[:, ID] = table[:, INDEX] if ids is None else torch.tensor(ids)
@@ -267,7 +273,7 @@ def update(
     here = {name: [t.contiguous() for t in tensors] for name, tensors in written.items()}
     states, scales = [here[name] for name in rule.state], [here.get(scale_name(name)) for name in rule.state]
     grads = [g.contiguous() for g in grads]
-    table = table_of(here[""], grads, states, scales, rows, ids)
+    table = table_of(here[""], grads, states, scales, rows, ids, rule.codecs_of(state))
     run_update(rule, table, control, lr_multipliers, grad_factors, flags)
     for name, tensors in written.items():  # copies that stood in for tensors that are not contiguous
         for tensor, copy in zip(tensors, here[name], strict=True):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..codec import BLOCK, codec_of, scale_name
+from ..codec import BLOCK, scale_name
 from ..laws import layout as L
 from ..laws.telemetry import combine, statistics
 from ..rounding import random_bits, round_stochastic
@@ -46,15 +46,16 @@ class Piece:
             return [tensors[self.indices[0]].detach().view(-1)[first : first + count]]
         return [tensors[i].detach() for i in self.indices]
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """A buffer's views in the tensors' shapes."""
-        parts = flat.split(self.sizes)
-        return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def views(self, flat: Tensor, unit: int = 1) -> list[Tensor]:
+        """A buffer's views in the tensors' shapes, flat ones for a `unit` above 1."""
+        parts = flat.split([size // unit for size in self.sizes])
+        shapes = self.shapes if unit == 1 else [(-(-math.prod(shape) // unit),) for shape in self.shapes]
+        return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def load(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def load(self, tensors: Sequence[Tensor], dtype: torch.dtype, unit: int = 1) -> Tensor:
         """The piece's share of the tensors in one flat buffer of `dtype`, zeros between them."""
-        flat = torch.zeros(self.numel, dtype=dtype, device=tensors[self.indices[0]].device)
-        copy_all(self.views(flat), self.select(tensors))
+        flat = torch.zeros(self.numel // unit, dtype=dtype, device=tensors[self.indices[0]].device)
+        copy_all(self.views(flat, unit), self.select(tensors, unit))
         return flat
 
     def spread(self, values: Tensor, indices: Sequence[int]) -> Tensor:
@@ -63,14 +64,8 @@ class Piece:
         sizes = torch.tensor(self.sizes, device=values.device)
         return torch.repeat_interleave(chosen, sizes, output_size=self.numel)
 
-    def store(self, tensors: Sequence[Tensor], flat: Tensor) -> None:
-        copy_all(self.select(tensors), self.views(flat))
-
-    def load_scales(self, scales: Sequence[Tensor]) -> Tensor:
-        return torch.cat(self.select(scales, BLOCK))
-
-    def store_scales(self, scales: Sequence[Tensor], flat: Tensor) -> None:
-        copy_all(self.select(scales, BLOCK), flat.split([size // BLOCK for size in self.sizes]))
+    def store(self, tensors: Sequence[Tensor], flat: Tensor, unit: int = 1) -> None:
+        copy_all(self.select(tensors, unit), self.views(flat, unit))
 
 
 @functools.lru_cache(maxsize=64)
@@ -149,6 +144,7 @@ def update(
         types = (params[i].dtype, *[state[name][i].dtype for name in rule.state])
         return (0 if rows is None else rows[i], str(params[i].device), str(types))
 
+    codecs = rule.codecs_of(state)
     for (row, _, _), run in groupby(sorted(range(len(params)), key=kind), key=kind):
         indices = list(run)
         p, g = [params[i] for i in indices], [grads[i] for i in indices]
@@ -156,16 +152,17 @@ def update(
         numbers = indices if ids is None else [ids[i] for i in indices]
         # To a CPU the copy has to be waited for: its values are read at once.
         c = row_values(control.to(p[0].device, non_blocking=p[0].is_cuda), row)
-        codec = codec_of(s[rule.state[0]][0])
         dtype = torch.float64 if p[0].dtype == torch.float64 else torch.float32
         for piece in cut(p, g, *[s[name] for name in rule.state]):
             old_p, old = piece.load(p, dtype), []
-            for name in rule.state:
+            kept: list[tuple[Tensor, Tensor]] = []  # codes and scales as they were
+            for name, codec in zip(rule.state, codecs, strict=True):
                 if codec.decode_blocks is None:
                     old.append(piece.load(s[name], dtype))
-                else:
-                    codes = piece.load(s[name], codec.dtype).view(-1, BLOCK)
-                    old.append(codec.decode_blocks(codes, piece.load_scales(s[scale_name(name)])).view(-1))
+                    continue
+                codes = piece.load(s[name], codec.dtype, codec.packed)
+                kept.append((codes, piece.load(s[scale_name(name)], torch.bfloat16, BLOCK)))
+                old.append(codec.decode_blocks(codes.view(-1, BLOCK // codec.packed), kept[-1][1]).view(-1))
             multiplier, factor = (
                 1.0 if values is None else piece.spread(values.to(p[0].device), indices)
                 for values in (lr_multipliers, grad_factors)
@@ -173,16 +170,18 @@ def update(
             new_g = piece.load(g, dtype) * c.factor * factor
             new_p, *new = rule.specification(old_p, new_g, *old, c, multiplier, **flags)
             new_p = torch.where(c.skip, old_p, new_p)
-            if p[0].dtype in (torch.float16, torch.bfloat16):
+            random = None
+            if p[0].dtype in (torch.float16, torch.bfloat16) or any(codec.random for codec in codecs):
                 random = random_bits(c.seed, c.step, [numbers[i] for i in piece.indices], piece.sizes, piece.start)
+            if random is not None and p[0].dtype in (torch.float16, torch.bfloat16):
                 # A representable value survives the rounding, so parameters of a skipped step keep their bits.
                 new_p = round_stochastic(new_p, random, p[0].dtype)
             piece.store(p, new_p)
-            for name, before, after in zip(rule.state, old, new, strict=True):
+            for number, (name, codec, before, after) in enumerate(zip(rule.state, codecs, old, new, strict=True)):
                 if codec.encode_blocks is None:
                     piece.store(s[name], torch.where(c.skip, before, after))
                     continue
-                codes, scales = codec.encode_blocks(after.view(-1, BLOCK))
-                kept = piece.load(s[name], codec.dtype), piece.load_scales(s[scale_name(name)])
-                piece.store(s[name], torch.where(c.skip, kept[0], codes.view(-1)))
-                piece.store_scales(s[scale_name(name)], torch.where(c.skip, kept[1], scales))
+                bits = random.view(-1, BLOCK) if codec.random and random is not None else None
+                codes, scales = codec.encode_blocks(after.view(-1, BLOCK), bits)
+                piece.store(s[name], torch.where(c.skip, kept[number][0], codes.view(-1)), codec.packed)
+                piece.store(s[scale_name(name)], torch.where(c.skip, kept[number][1], scales), BLOCK)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..codec import codec_of, scale_name
+from ..codec import scale_name
 from ..launch import batches, on_device
 from ..laws.telemetry import Runs, launch_partials
 from ..rules import RULES
@@ -56,11 +56,12 @@ class PreparedUpdate:
         if self.usable and served == "triton":
             columns = columns_of(self.rule, params, grads, state)
             self._batches = list(batches(columns, rows, ids, make_table=build))
-            self._codecs = [codec_of(state[self.rule.state[0]][batch.indices[0]]) for batch in self._batches]
+            self._codecs = self.rule.codecs_of(state)
         elif self.usable:
             states = [state[name] for name in self.rule.state]
             scales = [state.get(scale_name(name)) for name in self.rule.state]
-            self._table = native.table_of(params, grads, states, scales, rows, ids)
+            codecs = self.rule.codecs_of(state)
+            self._table = native.table_of(params, grads, states, scales, rows, ids, codecs)
 
     def set_grads(self, addresses: Sequence[int]) -> None:
         """Where the gradients lie now (`data_ptr`); their shapes, dtypes, strides and device are the same."""
@@ -108,5 +109,5 @@ class PreparedUpdate:
             native.run_update(self.rule, self._table, control, lr_multipliers, grad_factors, self._flags)
             return
         with on_device(self._batches[0].device):
-            for batch, codec in zip(self._batches, self._codecs, strict=True):
-                launch_batch(self.rule, batch, codec, control, lr_multipliers, grad_factors, self._flags)
+            for batch in self._batches:
+                launch_batch(self.rule, batch, self._codecs, control, lr_multipliers, grad_factors, self._flags)

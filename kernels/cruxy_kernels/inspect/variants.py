@@ -8,7 +8,7 @@ from ..laws import layout as L
 from ..laws.control import control_kernel, refresh_kernel
 from ..laws.telemetry import PARTIALS_AT_ONCE, telemetry_kernel, tensor_kernel, total_kernel
 from ..rules import RULES
-from ..update import LINES, update_kernel
+from ..update import LINES, constants, update_kernel
 from .resources import Variant
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
@@ -100,26 +100,26 @@ def _updates() -> list[Variant]:
     arguments = {"entries": "*i64", "chunk_entry": "*i32", "chunk_index": "*i32", "control": "*fp32"}
     arguments |= {"lr_multipliers": "*fp32", "grad_factors": "*fp32"}
     for rule in RULES.values():
-        states = [T.ELEMENT_TYPES[dtype] for dtype in rule.storage]
-        codecs = [CODECS[bits] for bits in rule.state_bits if CODECS[bits].block]
-        kept = [(name, CODECS[32], BYTES[name]) for name in states]
-        kept += [(T.ELEMENT_TYPES.get(codec.dtype, str(codec.dtype)), codec, codec.bytes_per_value) for codec in codecs]
+        floats = [T.ELEMENT_TYPES[dtype] for dtype in rule.storage]
+        kept = [(name, rule.codecs(32), len(rule.state) * BYTES[name]) for name in floats]
+        for bits in [bits for bits in rule.state_bits if bits != 32]:
+            codecs = rule.codecs(bits)
+            kept.append((f"int{bits}", codecs, sum(codec.bytes_per_value for codec in codecs)))
         choices = product((False, True), PAIRS, kept, _flag_sets(len(rule.flags)))
-        for factors, (param, grad), (state, codec, size), flags in choices:
+        for factors, (param, grad), (state, codecs, size), flags in choices:
             if factors and (param != grad or flags != _flag_sets(len(rule.flags))[0]):
                 continue  # one value per program more: what it costs shows in the others
             if state in ("fp16", "bf16") and (param != state or grad != state):
                 continue  # 16-bit momentum is for parameters of its own kind
             given = [name for i, name in enumerate(rule.flags) if flags >> i & 1]
-            moved = 2 * BYTES[param] + BYTES[grad] + 2 * size * len(rule.state)
+            moved = 2 * BYTES[param] + BYTES[grad] + 2 * size
             found.append(
                 Variant(
                     " ".join([*["clipped"] * factors, rule.name, f"{param}/{grad}", f"state {state}", *given]),
                     update_kernel,
                     arguments,
-                    {"RULE": rule.kernel, "FLAGS": flags, "STATES": len(rule.state), "PARAM_TYPE": param}
-                    | {"GRAD_TYPE": grad, "STATE_TYPE": state, "LOAD": codec.load, "STORE": codec.store}
-                    | {"HAS_MULTIPLIERS": True, "HAS_FACTORS": factors, "LINES": LINES, "LAYOUT": L.KEY + T.KEY},
+                    constants(rule, codecs, flags, param, grad, state)
+                    | {"HAS_MULTIPLIERS": True, "HAS_FACTORS": factors},
                     aligned=tuple(arguments),
                     wide_loads=wide(param, grad),
                     wide_stores=wide(param),
@@ -137,15 +137,15 @@ def _flag_sets(count: int) -> list[int]:
 
 def _codecs() -> list[Variant]:
     found = []
-    for bits, codec in CODECS.items():
+    for codec in CODECS.values():
         if not codec.block:
             continue
         tensors = {"codes": "*i8", "scales": "*i16", "numel": "i32"}
         for value in ("fp32", "fp16"):
-            moved = BYTES[value] + bits / 8
+            moved = BYTES[value] + codec.bits / 8
             found.append(
                 Variant(
-                    f"quantize {value} to {bits} bits",
+                    f"quantize {value} to {codec.name}",
                     quantize_kernel,
                     {"x": f"*{value}"} | tensors,
                     {"STORE": codec.store, "ALIGNED": True, "LINES": LINES},
@@ -156,7 +156,7 @@ def _codecs() -> list[Variant]:
             )
             found.append(
                 Variant(
-                    f"dequantize {value} from {bits} bits",
+                    f"dequantize {value} from {codec.name}",
                     dequantize_kernel,
                     tensors | {"out": f"*{value}"},
                     {"LOAD": codec.load, "ALIGNED": True, "LINES": LINES},

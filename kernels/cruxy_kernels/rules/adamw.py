@@ -7,8 +7,9 @@
     p <- p (1 - lr weight_decay) - multiplier lr √(1 - beta2^t) / (1 - beta1^t) n / (√v + eps)
 
 g is the gradient times GRAD_FACTOR of the control vector. eps stands where the SDK has it: beside √v, before the
-bias correction. Both moments are fp32: in bfloat16 the second one's relative step 1 - beta2 = .001 is below half an
-ulp and would be lost, in fp16 small squares would underflow.
+bias correction. Both moments are fp32, or 8 bits of a codec of their own each (codec.py). 16-bit floating point they
+cannot be: in bfloat16 the second one's relative step 1 - beta2 = .001 is below half an ulp and would be lost, in fp16
+small squares would underflow.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -68,7 +69,7 @@ ADAMW = Rule(
     name="adamw",
     state=("exp_avg", "exp_avg_sq"),
     storage=(torch.float32,),
-    state_bits=(32,),
+    state_bits={32: ("plain", "plain"), 8: ("softsign8", "quartic8")},
     flags={"nesterov": True, "decoupled": True},
     betas=(0.9, 0.999),
     ages=True,

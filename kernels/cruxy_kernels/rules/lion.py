@@ -5,7 +5,7 @@
     m <- beta2 m + (1 - beta2) g
 
 g is the gradient times GRAD_FACTOR of the control vector: unscaled, clipped, signed. The momentum m may be kept in
-fp32, 16 bits or any codec: its errors matter only where they turn a sign.
+fp32, 16 bits, or 8 or 4 bits of a codec: its errors matter only where they turn a sign.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -48,7 +48,7 @@ LION = Rule(
     name="lion",
     state=("exp_avg",),
     storage=(torch.float32, torch.float16, torch.bfloat16),
-    state_bits=(32, 8),
+    state_bits={32: ("plain",), 8: ("softsign8",), 4: ("softsign4",)},
     betas=(0.9, 0.99),
     ages=False,
     specification=lion,

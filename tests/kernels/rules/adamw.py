@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 STATE = ["exp_avg", "exp_avg_sq"]
 FLAGS = {"nesterov": True, "decoupled": True}
-STORAGE = ["float32"]
+STORAGE = ["float32", 8]
 
 
 def formula(p, g, state, c, multiplier, flags):

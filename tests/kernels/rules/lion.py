@@ -5,7 +5,7 @@ from lion_pytorch import Lion
 
 STATE = ["exp_avg"]
 FLAGS: dict[str, bool] = {}
-STORAGE = ["float32", "float16", "bfloat16", 8]  # dtypes and bits that its state may be kept in
+STORAGE = ["float32", "float16", "bfloat16", 8, 4]  # dtypes and bits that its state may be kept in
 
 
 def formula(p, g, state, c, multiplier, flags):

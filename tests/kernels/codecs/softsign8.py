@@ -1,11 +1,11 @@
-"""The 8-bit codec in float64, from its formula: q = sign(m) ⌊127 · 4|m| / (s + 3|m|) + ½⌋ and
-m = s q / (127 · 4 - 3|q|)."""
+"""softsign8 in float64, from its formula: q = sign(m) ⌊127 · 4|m| / (s + 3|m|) + ½⌋ and m = s q / (127 · 4 - 3|q|)."""
 
 import numpy as np
 
-BITS = 8
+BITS, LEVELS = 8, 127
 BYTES_PER_VALUE = 1 + 2 / 64
 LIMIT = 2.0**-134  # blocks whose largest magnitude is not above this are kept as zeros
+TINY = 1e-4  # what fp32 may move the level by
 
 
 def scale(largest):
@@ -16,16 +16,22 @@ def scale(largest):
     return np.where(np.isfinite(largest), rounded, largest)
 
 
-def level(m, s):
-    """The magnitude of the code before it is rounded; s broadcasts against m."""
-    return 127 * 4 * np.abs(m) / (s + 3 * np.abs(m))
+def unpack(stored, numel):
+    """Codes, 1-D, of the stored tensor as float64."""
+    return stored.reshape(-1)
+
+
+def codes(magnitude, s, random=None):
+    """(lowest, highest) magnitude of the code that m may have; s broadcasts against m. random: not used."""
+    level = np.minimum(LEVELS * 4 * magnitude / (s + 3 * magnitude), LEVELS)
+    return np.ceil(level - 0.5 - TINY), np.floor(level + 0.5 + TINY)
 
 
 def value(codes, s):
-    return s * codes / (127 * 4 - 3 * np.abs(codes))
+    return s * codes / (LEVELS * 4 - 3 * np.abs(codes))
 
 
 def error(m, s):
     """How far from m its code may be: half a step of the code there, and the cut of what is above s."""
     x = np.minimum(np.abs(m) / s, 1)
-    return s * (1 + 3 * x) ** 2 / (2 * 127 * 4) * 1.01 + np.maximum(np.abs(m) - s, 0)
+    return s * (1 + 3 * x) ** 2 / (2 * LEVELS * 4) * 1.01 + np.maximum(np.abs(m) - s, 0)
