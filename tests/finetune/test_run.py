@@ -575,6 +575,18 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_is_named(train, tmp_pa
     assert not (tmp_path / "run" / "snapshots").exists(), "of no use to a finished run"
 
 
+@pytest.mark.parametrize(
+    ("guard", "optimizer"), [("act", "adamw"), ("act", "cruxy"), ("observe", "cruxy"), ("off", "cruxy")]
+)
+def test_a_run_whose_steps_are_all_skipped_has_failed(guard, optimizer, train, tmp_path: Path, monkeypatch) -> None:
+    breaking(monkeypatch, range(1, 99), "gradient")
+    with pytest.raises(run.TrainingFailed, match=r"^3 of 3 steps were skipped, .* Adapter and report are in .*run$"):
+        train(max_steps=3, guard=guard, optimizer=optimizer)
+    found = record(tmp_path / "run")
+    assert (found["status"], found["result"]["after"]) == ("stopped", found["before"])
+    assert f"**{found['stopped']}**" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_a_run_that_nothing_helps_is_stopped_with_good_weights(train, tmp_path: Path, monkeypatch) -> None:
     breaking(monkeypatch, range(3, 99), "gradient")
     says = r"^training stopped at step 32: 5 steps in a row were not finite, .* The weights are those after step 0\."
