@@ -232,7 +232,7 @@ void store(int64_t type, int64_t address, int64_t scales, int64_t start, int64_t
         int8_t q[BLOCK];
         uint8_t pairs[BLOCK / 2];
         at<uint16_t>(scales)[start / BLOCK] = encode(values, LEVELS_4, random, q);
-        for (int i = 0; i < BLOCK / 2; ++i) pairs[i] = uint8_t((q[2 * i] & 15) | q[2 * i + 1] << 4);
+        for (int i = 0; i < BLOCK / 2; ++i) pairs[i] = uint8_t((q[2 * i] & 15) | (q[2 * i + 1] & 15) << 4);
         std::memcpy(at<uint8_t>(address) + start / 2, pairs, (n + 1) / 2);
     } else if (type == QUARTIC8) {
         uint8_t q[BLOCK];
