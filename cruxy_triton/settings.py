@@ -337,7 +337,8 @@ def check_together(values: Mapping[str, Any]) -> None:
     optimizer, bits = values.get("optimizer"), values.get("state_bits")
     if optimizer is not None and bits is not None and bits not in STATE_BITS[optimizer]:
         able = " or ".join(name for name, kinds in STATE_BITS.items() if bits in kinds)
-        raise UserError(f"--state-bits {bits} is for --optimizer {able}; {optimizer} keeps 32 bits")
+        kept = " or ".join(map(str, sorted(STATE_BITS[optimizer], reverse=True)))
+        raise UserError(f"--state-bits {bits} is for --optimizer {able}; {optimizer} keeps {kept} bits")
     guard = values.get("guard")
     if values.get("clip") == "tensor" and optimizer in ("adamw", "sgd") and guard not in (None, "act"):
         raise UserError(

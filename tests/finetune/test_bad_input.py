@@ -57,7 +57,7 @@ def main(capsys: pytest.CaptureFixture, *words: str | Path):
         (["--record-gradients", "-1"], "--record-gradients is -1"),
         (["--vram", "0"], "expected 256 MiB to 4 TiB"),
         (["--method", "full"], "finetune trains LoRA adapters"),
-        (["--state-bits", "8"], "--state-bits 8 is for --optimizer cruxy-lion; cruxy keeps 32 bits"),
+        (["--state-bits", "4"], "--state-bits 4 is for --optimizer cruxy-lion; cruxy keeps 32 or 8 bits"),
         (["--output", ""], "--output is ''; expected some text"),
         (["--data", "y.jsonl"], "--data is given twice"),
         (["--batch", "4"], "unrecognized arguments: --batch 4; it is --micro-batch-size"),
