@@ -190,7 +190,7 @@ class _Layouts:
 def _guards_of(tensors: list[Tensor]) -> Any:
     """torch.compile's guards of these tensors' sizes, strides and dtypes, which hold no tensor; False without any."""
     try:
-        make: Any = torch._C._dynamo.guards.TensorGuards
+        make = torch._C._dynamo.guards.TensorGuards  # pyright: ignore[reportAttributeAccessIssue]
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         return guards if guards.check(*tensors) else False

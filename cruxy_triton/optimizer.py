@@ -60,8 +60,8 @@ class CruxyOptimizer(Optimizer):
             place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
-        seed: of the random bits with which 16-bit parameters are rounded, a whole number below 2^24; checkpoints
-            hold it. Two optimizers of one seed round their tensors with the same bits: give each its own.
+        seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24;
+            checkpoints hold it. Two optimizers of one seed round their tensors with the same bits: give each its own.
         state_bits: 32 or 8, for the Lion rule also 4: codes with a bfloat16 scale for each 64 values, 1.03 bytes per
             parameter and buffer with 8 bits (Lion has one, AdamW two), 0.53 with 4. 4 bits and AdamW's second moment
             are rounded at random, with bits of `seed`.

@@ -207,7 +207,7 @@ def _disk(scenario: Scenario) -> Outcome:
             checkpoints.save_checkpoint(folder, step, _objects(step))
         if scenario.fault == "kill while a checkpoint is written":
             point = draw.randrange(1, 25)
-            killed = _killed_at(point, folder, 3, _objects(3))
+            killed = _killed_at(point, checkpoints.save_checkpoint, folder, 3, _objects(3))
             expected, damage = (2, 3) if killed else (3, 3), 0
         elif scenario.fault == "full disk":
             try:
@@ -236,21 +236,21 @@ def _objects(step: int) -> dict[str, Any]:
     return {"model": {"w": w}, "optimizer": {"step": step, "exp_avg": w / 2}}
 
 
-def _killed_at(point: int, folder: Path, step: int, objects: dict[str, Any]) -> bool:
-    """Save a checkpoint in a child process that is killed at its `point`-th call into the file system."""
+def _killed_at(point: int, work: Callable[..., Any], *arguments: Any) -> bool:
+    """Do `work` (it is pickled) in a child process that is killed at its `point`-th call into the file system."""
     # Forked from a server without threads: a fork of this process could inherit a lock that nobody releases.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([checkpoints.__name__])
-    child = context.Process(target=_save_until, args=(point, folder, step, objects))
+    child = context.Process(target=_work_until, args=(point, work, arguments))
     child.start()
     child.join(60)
     if child.exitcode not in (0, -signal.SIGKILL):
         child.kill()
-        raise RuntimeError(f"{folder}: no checkpoint after 60 s (exit code {child.exitcode})")
+        raise RuntimeError(f"{work.__name__}{arguments}: not done after 60 s (exit code {child.exitcode})")
     return child.exitcode == -signal.SIGKILL
 
 
-def _save_until(point: int, folder: Path, step: int, objects: dict[str, Any]) -> None:
+def _work_until(point: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     calls = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,7 +266,7 @@ def _save_until(point: int, folder: Path, step: int, objects: dict[str, Any]) ->
     for module, name in ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "open"),
                          (os, "rmdir"), (os, "unlink")):  # fmt: skip
         setattr(module, name, counted(getattr(module, name)))
-    checkpoints.save_checkpoint(folder, step, objects)
+    work(*arguments)
     os._exit(0)
 
 

@@ -157,10 +157,14 @@ def max_length_of(config: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """What lies in memory after loading: elements in 4 bits, and elements of all weights."""
+    """What lies in memory after loading: elements in 4 bits, and elements of all weights.
+
+    beyond: bytes of linear layers that a checkpoint keeps out of its 4 bits, above those that the plan has for them.
+    """
 
     quantized: int
     total: int
+    beyond: int = 0
 
     def __str__(self) -> str:
         share = f", {self.quantized / self.total:.0%} of them in 4 bits" if self.quantized else ""
@@ -283,7 +287,13 @@ def _count(model: Any, recipe: Recipe, asked: bool) -> Weights:
             "bitsandbytes does not quantize), and the plan would not hold; leave --load-in-4bit out or take another "
             "model"
         )
-    return Weights(quantized, total)
+    kept = [
+        m.weight
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) and id(m.weight) not in ends and not hasattr(m.weight, "quant_state")
+    ]
+    beyond = int(sum(w.numel() * (w.element_size() - 0.5) for w in kept)) if recipe.load_in_4bit else 0
+    return Weights(quantized, total, beyond)
 
 
 def use_attention(kind: str | None, device: torch.device) -> str | None:

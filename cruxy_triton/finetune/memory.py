@@ -75,6 +75,18 @@ def describe(plan: Plan, recipe: Recipe) -> list[str]:
     ]
 
 
+def larger(plan: Plan, recipe: Recipe, beyond: int) -> str:
+    """A note on weights that take `beyond` bytes more than planned; raises UserError where these do not fit."""
+    needed = plan.peak_bytes + beyond
+    found = (
+        f"{recipe.model} keeps some of its linear layers out of its 4 bits, {beyond / MIB:,.1f} MiB more than planned: "
+        f"the peak is {needed / MIB:,.1f} MiB of {plan.usable_bytes / MIB:,.1f} MiB usable"
+    )
+    if needed > plan.usable_bytes:
+        raise UserError(f"{found}; give its unquantized original with --load-in-4bit, or a lower --max-seq-length")
+    return f"note: {found}"
+
+
 def summary(plan: Plan | None) -> str:
     return "nothing" if plan is None else f"{plan.peak_bytes / MIB:,.0f} of {plan.usable_bytes / MIB:,.0f} MiB"
 

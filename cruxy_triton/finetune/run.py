@@ -34,6 +34,7 @@ PATHS = ("model", "data", "eval_data")
 # How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 TEXT_PROMPT_TOKENS = 32
+MIN_APPLIED = 0.1  # of a run's steps; one with fewer has failed
 ENDED = ("finished", "diverged", "stopped")  # with an adapter and a report
 # Of an optimizer's state and the adapter, in float32: how many there may be on the disk at once, in the checkpoints and
 # in the guard's snapshots (those at hand, and those that the last two checkpoints refer to).
@@ -215,6 +216,9 @@ class _Run:
             say(f"warning: {fault}; going on from the one before")
         attention = load.use_attention(recipe.attention, self.device)
         base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
+        if self.weights.beyond:
+            assert self.plan is not None
+            say(memory.larger(self.plan, recipe, self.weights.beyond))
         self.model = load.add_lora(base, recipe)
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
         from cruxy_triton.finetune.train import Trainer
@@ -328,7 +332,7 @@ class _Run:
             step = 0 if saved is None else step_of(saved)
             return Result(folder.path, False, step, run["before"], None, [], interruption.number)
         if status == "stopped":
-            raise TrainingFailed(f"{run['stopped']} Adapter, report and events are in {folder.path}")
+            raise TrainingFailed(f"{run['stopped']} Adapter and report are in {folder.path}")
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]
@@ -349,6 +353,12 @@ class _Run:
         if guard is not None and guard.stopped is not None:
             status, run["stopped"] = "stopped", guard.stopped.partition("\n")[0]
         rows = [row for row in folder.read_metrics() if "seconds" in row]
+        skipped = sum(row.get("skipped", 0) for row in rows)
+        if status == "finished" and len(rows) - skipped < MIN_APPLIED * len(rows):
+            status, run["stopped"] = "stopped", (
+                f"{skipped} of {len(rows)} steps were skipped, because their loss or gradients were not finite or far "
+                "out, so that next to nothing was learned; lower --lora-alpha or --lr, or give --dtype float32."
+            )
         run["result"] = {
             "step": step,
             "epochs": trainer.state.epoch,

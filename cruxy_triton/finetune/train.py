@@ -29,7 +29,7 @@ from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
-from cruxy_triton.guard.events import ACTIONS
+from cruxy_triton.guard.events import ACTIONS, SKIP
 from cruxy_triton.optimizer import CruxyOptimizer
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
@@ -429,6 +429,7 @@ class Telemetry(TrainerCallback):
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
         row |= self._guarded(row)
+        row["skipped"] = int(self._was_skipped(row))
         row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
         row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
         trainer._start_step()
@@ -440,6 +441,12 @@ class Telemetry(TrainerCallback):
         self.show(row, state.max_steps)
         if trainer.guard is not None and trainer.guard.stopped is not None:
             raise TrainingStopped(trainer.guard.stopped)
+
+    def _was_skipped(self, row: dict[str, Any]) -> bool:
+        """Whether the step changed nothing: the loss scaler, the optimizer or the guard refused its gradients."""
+        guard = self.trainer.guard
+        by_guard = guard is not None and guard.policy.act and SKIP in row.get("actions", ())
+        return bool(self.trainer.accelerator.optimizer_step_was_skipped or row.get("skipped") or by_guard)
 
     def _guarded(self, row: dict[str, Any]) -> dict[str, Any]:
         """What the guard saw in this step and did. The host has just waited for the step's loss: this waits no more."""

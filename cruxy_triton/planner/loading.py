@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cruxy_triton.planner.ledger import Ledger, Storage
-from cruxy_triton.planner.step import BYTES, Step
+from cruxy_triton.planner.step import Step
 from cruxy_triton.planner.workspaces import NF4_BLOCK, NF4_NESTED_BLOCK
 
 
@@ -22,11 +22,11 @@ def load(ledger: Ledger, step: Step, weights: Sequence[Weight]) -> list[list[Sto
     """Load `weights`, in the natural order of their keys, and return what each holds on the device.
 
     With a device map, from_pretrained first takes the model's bytes at once and gives them back
-    (caching_allocator_warmup). A weight that is to be quantized comes to the device in 16 bits; `step.ahead` of
+    (caching_allocator_warmup). A weight that is to be quantized comes to the device in `step.dtype`; `step.ahead` of
     those behind it are there already: before github.com/huggingface/transformers/pull/44576 threads put them there
     while the main thread quantized.
     """
-    width = BYTES[step.precision]
+    width = step.width
     if step.warmup:
         whole = Storage(ledger, sum(x.n // 2 if x.quantized else x.n * width for x in weights), "weights")
         del whole

@@ -91,7 +91,7 @@ def _of(step: Step) -> Any:
 
 def dtype_of(step: Step) -> torch.dtype:
     """The dtype of what is not quantized."""
-    return torch.float16 if step.precision == "nf4" else getattr(torch, step.precision)
+    return getattr(torch, step.dtype)
 
 
 def _linear(module: torch.nn.Module) -> tuple[int, int] | None:

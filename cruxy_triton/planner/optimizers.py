@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# State bits: (values per byte, values that share one 2-byte scale or 0), as CruxyOptimizer keeps them.
+# State bits: (values per byte, values that share one 2-byte scale or 0): `cruxy_kernels.CODECS`, without torch.
 CODECS = {32: (0.25, 0), 8: (1, 64), 4: (2, 64)}
+SCALE = 2  # bytes
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Optimizer:
     def tensors(self, n: int) -> list[int]:
         """Bytes of each state tensor of a parameter of `n` elements."""
         packed, shared = CODECS[self.bits]
-        each = [math.ceil(n / packed)] + ([2 * -(-n // shared)] if shared else [])
+        each = [math.ceil(n / packed)] + ([SCALE * -(-n // shared)] if shared else [])
         return each * self.moments
 
     @property
     def bytes_per_parameter(self) -> float:
         packed, shared = CODECS[self.bits]
-        return self.moments * (1 / packed + (2 / shared if shared else 0))
+        return self.moments * (1 / packed + (SCALE / shared if shared else 0))
 
 
 # Those of `cruxy` and `cruxy-lion` are CruxyOptimizer's: one pass over the tensors, without temporaries. torch-adamw is

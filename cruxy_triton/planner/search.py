@@ -124,6 +124,7 @@ def step_of(shape: ModelShape, card: Card, config: Configuration) -> Step:
         batch=config.micro_batch_size,
         seq=config.max_seq_length,
         precision=config.precision,
+        beside_nf4=config.dtype,
         double_quant=config.double_quant,
         lora_r=config.lora_r if config.method == "lora" else 0,
         targets=config.target_modules,

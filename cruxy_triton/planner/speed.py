@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cruxy_triton.planner.card import Card
 from cruxy_triton.planner.optimizers import OPTIMIZERS
-from cruxy_triton.planner.step import BYTES, Step
+from cruxy_triton.planner.step import Step
 
 
 def flops(step: Step) -> dict[str, float]:
@@ -36,8 +36,8 @@ def traffic(step: Step) -> dict[str, float]:
     shape = step.shape
     weights = sum(x.weight * count for x, count in shape.all_linears())
     reads = 3 if step.checkpointing else 2
-    width = BYTES[step.precision]
-    if step.precision == "nf4":  # codes and scales in, 16-bit weights out and in again
+    width = step.width
+    if step.precision == "nf4":  # codes and scales in, whole weights out and in again
         one_pass = weights * (0.5 + 4 / 64 + 2 * width)
     else:
         one_pass = weights * width

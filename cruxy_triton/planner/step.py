@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cruxy_triton.planner.shape import ModelShape
 
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "nf4": 2}  # of an element of what is not quantized
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Step:
     batch: int
     seq: int
     precision: str = "float16"
+    beside_nf4: str = "float16"  # the dtype of what "nf4" does not quantize, and of what it computes in
     double_quant: bool = True
     lora_r: int = 8  # 0: every weight learns
     targets: tuple[str, ...] = ()
@@ -40,6 +41,16 @@ class Step:
         return self.batch * self.seq
 
     @property
+    def dtype(self) -> str:
+        """Of the weights that are not quantized, as `finetune` loads them."""
+        return self.beside_nf4 if self.precision == "nf4" else self.precision
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of `dtype`."""
+        return BYTES[self.dtype]
+
+    @property
     def half(self) -> int:
         """Bytes of autocast's dtype, 0 without autocast."""
         return 2 if self.autocast else 0
@@ -47,7 +58,7 @@ class Step:
     @property
     def stream(self) -> int:
         """Bytes of an element of the hidden states."""
-        return 4 if self.kbit_prepared else BYTES[self.precision]
+        return 4 if self.kbit_prepared else self.width
 
     @property
     def round_to(self) -> int:

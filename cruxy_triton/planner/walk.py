@@ -16,7 +16,7 @@ from cruxy_triton.planner.loading import Weight, load
 from cruxy_triton.planner.losses import stock_loss, tiled_loss
 from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.shape import Linear
-from cruxy_triton.planner.step import BYTES, Step
+from cruxy_triton.planner.step import Step
 
 Position = tuple[Tensor, Tensor]  # cos and sin of the rotary embedding
 
@@ -76,7 +76,7 @@ class _Model:
 
         def plain() -> Parameter:
             weight, held = loaded.popleft()
-            parameter = Parameter(held[0], weight.n, BYTES[step.precision], self.full)
+            parameter = Parameter(held[0], weight.n, step.width, self.full)
             self.plain.append(parameter)
             return parameter
 
@@ -121,7 +121,7 @@ class _Model:
     def _apply(self, layer: _Layer, index: int, x: Tensor) -> Tensor:
         name, step = self.shape.family.names[index], self.step
         base, lora = layer.linears[name], layer.loras.get(name)
-        return ops.lora_linear(self.tape, x, base, lora, step.tokens, self.rows[name], step.half, BYTES[step.precision])
+        return ops.lora_linear(self.tape, x, base, lora, step.tokens, self.rows[name], step.half, step.width)
 
     def _norm(self, x: Tensor, rows: int, weight: Parameter) -> Tensor:
         norm = self.shape.family.norm

@@ -72,9 +72,7 @@ def test_adapter_loads_with_plain_peft_and_gives_the_same_loss(
         model, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"} if quantization else None
     )
     tokenizer = AutoTokenizer.from_pretrained(command.folder / "run" / "adapter")
-    found = data.load(
-        str(questions), eval_source=None, eval_fraction=0.05, max_eval_samples=20, seed=0, chat=False
-    )
+    found = data.load(str(questions), eval_source=None, eval_fraction=0.05, max_eval_samples=20, seed=0, chat=False)
     # In evaluation mode bitsandbytes computes in bfloat16 on CPUs with AVX512-BF16 (5e-5 off in the loss); these
     # models have no dropout, so that training mode is the same function without it.
     base.train()
@@ -251,9 +249,7 @@ def test_plain_text_is_packed(small_model, command) -> None:
 def test_gradients_are_recorded_for_the_steps_asked_for(small_model, questions: Path, command) -> None:
     from safetensors.torch import load_file
 
-    done = command(
-        "finetune", small_model(), "--data", questions, "--output", "run", "--record-gradients", "2", *QUICK
-    )
+    done = command("finetune", small_model(), "--data", questions, "--output", "run", "--record-gradients", "2", *QUICK)
     assert done.returncode == 0, done.stderr
     folder = command.folder / "run" / "gradients"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00001.safetensors", "step-00002.safetensors"]

@@ -1,6 +1,5 @@
 """The output folder: what a run may use, and that earlier output survives until the new one is complete."""
 
-import functools
 import json
 import os
 import subprocess
@@ -204,7 +203,7 @@ def test_killed_at_every_call_into_the_file_system_a_checkpoint_is_left(tmp_path
             (partial / "weights").write_bytes(bytes(100))
             if not again:
                 folder.keep_checkpoint(partial)
-        killed = faults._killed_at(point, functools.partial(folder.keep_checkpoint, partial))
+        killed = faults._killed_at(point, folder.keep_checkpoint, partial)
         folder.begin()  # of the resumed run
         assert folder.intact_checkpoint() == (folder.checkpoints / "checkpoint-5", [])
         if not killed:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cruxy_triton.errors import UserError
-from cruxy_triton.finetune import run
+from cruxy_triton.finetune import memory, run
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 
@@ -267,6 +268,40 @@ def test_a_checkpoint_that_is_quantized_already(dtype: str, train, small_model, 
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is quantized already, with gptq"):
         train(model=str(quantized), output="gptq")
+
+
+def test_a_checkpoint_that_keeps_layers_out_of_its_4_bits(train, small_model, tmp_path: Path, monkeypatch) -> None:
+    """Its weights take more than planned: that is said, and refused where it does not fit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    kept = ["lm_head", "down_proj", "q_proj"]
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept)
+    model = AutoModelForCausalLM.from_pretrained(
+        small_model(), dtype=torch.float32, quantization_config=bits, device_map={"": "cpu"}
+    )
+    folder = tmp_path / "llama-dynamic-bnb-4bit"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(small_model()).save_pretrained(folder)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "down_proj" in name or "q_proj" in name)
+    beyond = weights * 4 - weights // 2
+    settings = {"model": str(folder), "max_steps": 1, "gradient_checkpointing": True, "attention": "eager"}
+    _, said = train(**settings)
+    (note,) = [line for line in said if "keeps some of its linear layers out of its 4 bits" in line]
+    assert f"{beyond / 2**20:,.1f} MiB more than planned" in note
+    make_plan = memory.make_plan
+
+    def with_room(room: int) -> Callable[..., Any]:  # a budget is 256 MiB or more, and this model takes 6
+        def made(*given: Any) -> Any:
+            plan = make_plan(*given)
+            return replace(plan, usable_bytes=plan.peak_bytes + room)
+
+        return made
+
+    monkeypatch.setattr(memory, "make_plan", with_room(beyond - 1))
+    with pytest.raises(UserError, match=r"out of its 4 bits.*give its unquantized original"):
+        train(**settings, output="small")
+    monkeypatch.setattr(memory, "make_plan", with_room(beyond))
+    train(**settings, output="enough")
 
 
 def test_a_sample_can_be_left_out_when_a_run_is_resumed(train, tmp_path: Path) -> None:
@@ -538,6 +573,18 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_is_named(train, tmp_pa
     assert f"[batch {skip['batch']}]" in report
     assert record(tmp_path / "run")["result"]["guard"]["actions"] == {"skip": 1}
     assert not (tmp_path / "run" / "snapshots").exists(), "of no use to a finished run"
+
+
+@pytest.mark.parametrize(
+    ("guard", "optimizer"), [("act", "adamw"), ("act", "cruxy"), ("observe", "cruxy"), ("off", "cruxy")]
+)
+def test_a_run_whose_steps_are_all_skipped_has_failed(guard, optimizer, train, tmp_path: Path, monkeypatch) -> None:
+    breaking(monkeypatch, range(1, 99), "gradient")
+    with pytest.raises(run.TrainingFailed, match=r"^3 of 3 steps were skipped, .* Adapter and report are in .*run$"):
+        train(max_steps=3, guard=guard, optimizer=optimizer)
+    found = record(tmp_path / "run")
+    assert (found["status"], found["result"]["after"]) == ("stopped", found["before"])
+    assert f"**{found['stopped']}**" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_run_that_nothing_helps_is_stopped_with_good_weights(train, tmp_path: Path, monkeypatch) -> None:

@@ -94,7 +94,7 @@ def test_killed_at_every_call_into_the_file_system(tmp_path, replacing):
         folder = tmp_path / str(point)
         save_checkpoint(folder, 10, objects(10))
         save_checkpoint(folder, 20, objects(20))
-        killed = faults._killed_at(point, folder, new, {**objects(20), "new": 1})
+        killed = faults._killed_at(point, save_checkpoint, folder, new, {**objects(20), "new": 1})
         step, loaded, damaged = load_checkpoint(folder)
         assert step in (20, new)
         assert damaged == []

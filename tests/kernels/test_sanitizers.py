@@ -17,7 +17,7 @@ import cruxy_kernels
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitizers")]
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-FILES = ["test_rules.py", "test_telemetry.py", "test_codecs.py", "test_threads.py"]
+FILES = ["test_rules.py", "test_control.py", "test_telemetry.py", "test_codecs.py", "test_threads.py"]
 FILES += ["test_native.py::test_results_do_not_depend_on_threads"]  # the others start processes that are no matter here
 SANITIZERS = {
     # name: (flags, runtime, its options, a fault that it has to find: what stands in native.cpp and what is put there)

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from cruxy_triton.planner import Card, load_card, plan
 from cruxy_triton.planner.footprint import footprint
 from cruxy_triton.planner.models import shape_from_config
 from cruxy_triton.planner.optimizers import OPTIMIZERS
+from cruxy_triton.planner.search import step_of
 from cruxy_triton.planner.shape import ModelShape
 from cruxy_triton.planner.step import Step
 
@@ -140,6 +142,32 @@ def test_a_real_step_on_the_cpu(shape, settings):
     assert footprint(step).peak_allocated == pytest.approx(measured_peak(step), rel=0.005)
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["nf4", "nested"])
+@pytest.mark.parametrize(
+    ("card", "dtype"),
+    [(Card.cpu("1GiB"), "float32"), (load_card("t4"), "float16"), (load_card("rtx3090"), "bfloat16")],
+    ids=["cpu", "t4", "rtx3090"],
+)
+def test_four_bit_weights_are_planned_as_they_are_loaded(card, dtype, double, small_model):
+    """Bytes of the model that `finetune` loads, by its own rule for the dtype; the place does not change them."""
+    pytest.importorskip("bitsandbytes")
+    from cruxy_triton.finetune import load
+    from cruxy_triton.finetune.recipe import Recipe
+
+    recipe = Recipe(str(small_model()), "data", "output", load_in_4bit=True, double_quant=double)
+    config = load.config_of(recipe)
+    values = config.to_dict()
+    chosen = plan(values, card, load_in_4bit=True, double_quant=double, max_seq_length=64, alternatives=False).config
+    assert chosen.dtype == dtype
+    model, _ = load.model_of(recipe, config, torch.device("cpu"), getattr(torch, dtype))
+    states = [p.quant_state.as_dict() for p in model.parameters() if hasattr(p, "quant_state")]
+    parts = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    step = replace(step_of(shape_from_config(values), card, chosen), device="cpu")  # counts without rounding
+    found = footprint(step).components
+    assert found["weights"] == sum(p.nbytes for p in model.parameters())
+    assert found["quantization"] == pytest.approx(sum(part.nbytes for part in parts), rel=0.005)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("settings", [FUSED, PLAIN, OPEN], ids=["checkpointing", "stock loss", "chunked loss"])
 @pytest.mark.parametrize(
@@ -174,7 +202,7 @@ GPT2 = {"vocab_size": 4000, "n_embd": 256, "n_layer": 6, "n_head": 8, "n_positio
 )
 MPT = {"vocab_size": 4000, "d_model": 256, "n_heads": 8, "n_layers": 6, "max_seq_len": 1024, "attn_config": {}}
 UNKNOWN = [
-    ("gemma3_text", OPEN), ("phi3", FUSED), ("smollm3", OPEN), ("gpt2", OPEN), ("granite", FUSED), ("mpt", OPEN),
+    ("gemma3_text", OPEN), ("phi3", FUSED), ("smollm3", OPEN), ("gpt2", OPEN), ("granite", FUSED), ("mpt", PLAIN),
 ]  # fmt: skip
 
 
