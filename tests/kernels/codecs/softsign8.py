@@ -32,7 +32,7 @@ def value(codes, s):
 
 
 def error(m, s):
-    """How far from m its code may be: half a step of the code there (its slope grows by up to 1.2 % on the way), and
+    """How far from m its code may be: half a step of the code there (its slope grows by up to 1.3 % on the way), and
     the cut of what is above s."""
     x = np.minimum(np.abs(m) / s, 1)
-    return s * (1 + 3 * x) ** 2 / (2 * LEVELS * 4) * 1.012 + np.maximum(np.abs(m) - s, 0)
+    return s * (1 + 3 * x) ** 2 / (2 * LEVELS * 4) * 1.013 + np.maximum(np.abs(m) - s, 0)
