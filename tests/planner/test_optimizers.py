@@ -2,15 +2,22 @@
 
 import pytest
 
-from cruxy_triton.planner.optimizers import CODECS, Optimizer
+from cruxy_triton.planner.optimizers import OPTIMIZERS
 
 kernels = pytest.importorskip("cruxy_kernels")
 
 
-@pytest.mark.parametrize("bits", CODECS)
-def test_bytes_of_a_state_are_those_of_its_codec(bits):
-    codec, optimizer = kernels.CODECS[bits], Optimizer(1, bits)
-    assert optimizer.bytes_per_parameter == codec.bytes_per_value
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_bytes_of_a_state_are_those_of_its_codecs(optimizer):
+    names = {2: "adamw", 1: "lion"}
+    if optimizer.moments not in names or optimizer.bits not in kernels.RULES[names[optimizer.moments]].state_bits:
+        assert optimizer.moments == 0  # SGD
+        return
+    codecs = [kernels.CODECS[name] for name in kernels.RULES[names[optimizer.moments]].state_bits[optimizer.bits]]
+    assert optimizer.bytes_per_parameter == sum(codec.bytes_per_value for codec in codecs)
     for size in (1, 64, 1000):
-        scales = [codec.scale_count(size) * codec.scale_dtype.itemsize] if codec.block else []
-        assert optimizer.tensors(size) == [-(-size * bits // 8), *scales]
+        expected = []
+        for codec in codecs:
+            scales = [codec.scale_count(size) * codec.scale_dtype.itemsize] if codec.block else []
+            expected += [-(-size * optimizer.bits // 8), *scales]
+        assert optimizer.tensors(size) == expected
