@@ -67,6 +67,7 @@ class TensorClip:
 
 
 def _check_spans(spans: Tensor, tensors: int) -> None:
+    # Read where they lie, on the CPU, and when they are made: no step waits for it.
     fits = spans.device.type == "cpu" and spans.shape == (tensors, 2) and not spans.is_floating_point()
     if fits:
         covered = spans[spans[:, 0].argsort(stable=True)].tolist()
