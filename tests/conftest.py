@@ -112,6 +112,15 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    pairs = [(a, b) for a in range(2, 12) for b in range(3, 13)]
+    lines = [json.dumps({"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}"}) for a, b in pairs]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 class Command:
     """Runs `cruxy-triton` as a process, as a user would; PYTHONPATH-free, from a folder of its own."""
 

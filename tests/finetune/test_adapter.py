@@ -16,15 +16,6 @@ from cruxy_triton.finetune.recipe import Recipe
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    pairs = [(a, b) for a in range(2, 12) for b in range(3, 13)]
-    lines = [json.dumps({"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}"}) for a, b in pairs]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def trained(tmp_path: Path, small_model, sums: Path) -> Callable[..., Path]:
     """trained(**recipe) -> the folder of a short run of a small model, with a rate that changes its answers."""

@@ -21,15 +21,6 @@ from cruxy_triton.finetune.recipe import Recipe
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    pairs = [(a, b) for a in range(2, 12) for b in range(3, 13)]
-    lines = [json.dumps({"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}"}) for a, b in pairs]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def train(tmp_path: Path, small_model, sums: Path) -> Callable[..., tuple[run.Result, list[str]]]:
     """train(**recipe) -> (result, the lines said), by default a few steps of a small Llama in tmp_path/run."""
