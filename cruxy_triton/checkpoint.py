@@ -6,7 +6,8 @@ The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
      "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
 `control` is the group's main row of the control vector: the statistics, the controller's multiplier and its
-histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in fewer bits
+histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else; so does, in the first
+group, what layer-wise control knows of its layers (`layers`). State in fewer bits
 is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`). `clip` is there with `clip="tensor"` alone.
 
 The functions here are pure: `read` makes and checks everything before an optimizer is touched.
@@ -28,6 +29,7 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.codec import Codec, scale_name
 from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
+from cruxy_triton.controllers.layers import KEY as LAYERS
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
 
@@ -53,6 +55,8 @@ def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], see
     ]
     for group in packed:
         group["control"][L.SEED] = seed  # before the first step it is not there yet
+        if LAYERS in group:
+            group[LAYERS] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group[LAYERS].items()}
     states = {
         index.get(key, key): value | {name: value[name].clone() for name in groups.NO_MOMENTS if name in value}
         for key, value in state.items()
@@ -67,12 +71,14 @@ class Checkpoint:
 
     controls: the main row of each group, None where its statistics start afresh.
     ages: of each group's tensors that have a state, the steps that it has seen.
+    layers: the state of layer-wise control as it was saved, not checked.
     """
 
     state: defaultdict[Any, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     groups: list[Group] = field(default_factory=list)
     controls: list[Tensor | None] = field(default_factory=list)
     ages: list[dict[Tensor, float]] = field(default_factory=list)
+    layers: Any = None
 
 
 def read(
@@ -132,6 +138,8 @@ def read(
             if clip == "tensor" and "clip" in value:
                 found.state[p]["clip"] = _history(value["clip"], place)
         control, saved_mode = saved.pop("control", None), saved.pop("mode", None)
+        layers = saved.pop(LAYERS, None)
+        found.layers = layers if found.layers is None else found.layers
         found.controls.append(_control(control, saved_mode, mode, f"group {i}"))
         found.groups.append(_settings(group, saved, defaults, ours=control is not None, same_rule=same_rule))
         try:
