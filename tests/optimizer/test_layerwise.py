@@ -16,6 +16,7 @@ from cruxy_kernels import layout as L
 from cruxy_triton import CruxyOptimizer
 from cruxy_triton.controllers.layers import layer_name
 from cruxy_triton.controllers.sketch_align import SKETCH
+from cruxy_triton.release import release_gradients
 
 
 def make(kind="blade", **settings):
@@ -216,6 +217,9 @@ def test_bad_input_and_manners():
     sharded.device_mesh = None  # what tells a DTensor
     with pytest.raises(ValueError, match="does not serve sharded parameters"):
         CruxyOptimizer([sharded], layerwise="blade")
+    model, optimizer = make()
+    with pytest.raises(ValueError, match="layerwise='blade' compares the layers' gradients"):
+        release_gradients(model, optimizer)
     optimizer = CruxyOptimizer([{"params": []}, {"params": p}], layerwise="blade")
     p[0].grad = torch.ones(2)
     with warnings.catch_warnings(record=True) as said:
