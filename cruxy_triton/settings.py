@@ -273,6 +273,8 @@ class Settings:
                                        only_with=("lr_schedule", ("linear", "cosine")))  # fmt: skip
     clip: str = _training("global", "of the gradient: its whole norm, each tensor against its own history, or not at "
                           "all", choices=("global", "tensor", "none"))  # fmt: skip
+    layerwise: str = _training("none", "a step size for each layer by its gradients, or one for all",
+                               choices=("none", "blade", "sketch_align"))  # fmt: skip
     guard: str = _training("act", "what watches the run: keeps it alive, only writes down what it would do, or nothing",
                            choices=("act", "observe", "off"))  # fmt: skip
     batch_size: int = _step(8, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N")
