@@ -252,6 +252,11 @@ class Settings:
         None, "recompute activations in the backward pass", left_open="planned", searched=True
     )
     chunked_loss: bool = _memory(True, "the loss in tiles (TRL); without it whole logits (transformers)")
+    release: bool | None = _setting(
+        None, "each layer learns in the backward pass and its gradients go at once: every micro-batch is a step",
+        group="model and memory", left_open="on with --method full and a cruxy optimizer",
+        only_with=("method", ("full",)),
+    )  # fmt: skip
 
     method: str = _setting("lora", "what learns: adapters, or every weight", group="LoRA",
                            commands=BOTH, configures=True, choices=("lora", "full"))  # fmt: skip
@@ -415,13 +420,15 @@ def refuse_adapters(given: Mapping[str, Any], method: str | None) -> None:
 
 def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that follow from other settings; None is for the plan to decide."""
-    full = values["method"] == "full"
+    full, batch, micro = values["method"] == "full", values.get("batch_size"), values.get("micro_batch_size")
     usual = "cruxy-lion" if full else "cruxy"
     optimizer = values["optimizer"] or usual
     return {
         "optimizer": usual,
         "state_bits": None if full and len(STATE_BITS[optimizer]) > 1 else 32,
         "lr": (FULL_LR if full else DEFAULT_LR)[optimizer],
+        # Where a step is of several micro-batches, their gradients have to wait for each other.
+        "release": full and optimizer.startswith("cruxy") and (None in (batch, micro) or batch == micro),
         "clip": "tensor" if full and optimizer.startswith("cruxy") else "global",
         "lora_alpha": 2 * values["lora_r"],
     }
