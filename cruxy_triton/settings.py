@@ -244,7 +244,9 @@ class Settings:
     gradient_checkpointing: bool | None = _memory(
         None, "recompute activations in the backward pass", left_open="planned", searched=True
     )
-    chunked_loss: bool = _memory(True, "the loss in tiles (TRL); without it whole logits (transformers)")
+    chunked_loss: bool = _memory(True, "the loss in tiles (TRL); without it whole logits (transformers)", searched=True)
+    release: bool = _memory(False, "each layer learns in the backward pass and its gradients go at once; every "
+                            "micro-batch is a step", searched=True, only_with=("method", ("full",)))  # fmt: skip
 
     method: str = _setting("lora", "what learns: adapters, or every weight (only `plan` knows full)", group="LoRA",
                            commands=BOTH, configures=True, choices=("lora", "full"))  # fmt: skip
@@ -354,11 +356,22 @@ def check_together(values: Mapping[str, Any]) -> None:
     if values.get("method") == "full":
         if values.get("load_in_4bit"):
             raise UserError("4-bit weights cannot learn; full fine-tuning needs --dtype float32 or bfloat16")
-        if values.get("dtype") == "float16":
+        if values.get("dtype") == "float16" and optimizer in ("adamw", "sgd"):
             raise UserError(
-                "full fine-tuning of float16 weights does not work with a GradScaler (its gradients would be float16); "
-                "use --dtype float32, or bfloat16 on compute capability 8.0 and later"
+                f"full fine-tuning of float16 weights does not work with --optimizer {optimizer} (a GradScaler takes "
+                "no float16 gradients); use --optimizer cruxy or cruxy-lion, or --dtype float32"
             )
+        if values.get("release"):
+            _check_release(optimizer, batch, micro)
+
+
+def _check_release(optimizer: str | None, batch: int | None, micro: int | None) -> None:
+    if optimizer in ("adamw", "sgd"):
+        raise UserError(f"--release is for --optimizer cruxy or cruxy-lion; {optimizer} has no update in backward")
+    if batch is not None and micro is not None and batch != micro:
+        raise UserError(
+            f"--release makes a step of every micro-batch: --batch-size {batch} has to be --micro-batch-size {micro}"
+        )
 
 
 def resolve_dtype(dtype: str, device: str, capability: tuple[int, int]) -> str:

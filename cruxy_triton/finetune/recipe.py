@@ -19,6 +19,8 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         if self.method == "full":
             raise UserError("--method full: finetune trains LoRA adapters; only plan knows full fine-tuning yet")
+        if self.release:
+            raise UserError("--release: finetune keeps whole gradients; plan and release_gradients() know released ones")
         super().__post_init__()
 
     @property
