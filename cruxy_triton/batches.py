@@ -38,6 +38,7 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     prepared: kernels.PreparedUpdate | None = None
+    clip: tuple[Any, kernels.TensorClip] | None = None  # of the first of some batches: see clipping.py
 
     def add(self, param: Tensor, grad: Tensor, state: dict[str, Any], row: int, number: int) -> None:
         self.params.append(param)

@@ -25,6 +25,7 @@ from cruxy_triton.controllers.meta import slow_loop
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
 from cruxy_triton.metrics import History, Reader, calls, named
+from cruxy_triton.passes import Passes
 from cruxy_triton.rows import ControlRows
 
 CLIPPING = ("global", "tensor", None)
@@ -162,6 +163,8 @@ class CruxyOptimizer(Optimizer):
         self._calls_without_loss = 0
         self._history = History(history)
         self._reader = Reader()
+        self._passes: Passes | None = None
+        self._release: Tensor | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -277,6 +280,9 @@ class CruxyOptimizer(Optimizer):
                 result = closure()
         given, self._given_loss = self._given_loss, None
         number = _number(loss if loss is not None else result if result is not None else given)
+        if self._passes is not None:
+            self._passes.finish(number)
+            return result
         sharded = distributed.active()
         batches = self._gather(sharded)
         if not batches:
@@ -306,6 +312,44 @@ class CruxyOptimizer(Optimizer):
             batch.update(control, self.backend, own)
         return result
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every torch optimizer; a step in the backward pass that no `step()` has ended is broken off."""
+        if self._passes is not None:
+            self._passes.abandon()
+        super().zero_grad(set_to_none)
+
+    supports_fused_back_pass = True
+
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
+        """Update one tensor from its gradient within the backward pass; OneTrainer calls it so, from a hook.
+
+        The laws see each step's statistics in the next one (docs/full-parameter.md). `step()` ends the step; where
+        nobody calls it, the first tensor that comes again does. The caller frees the gradient. With `clip="global"`
+        the limit is held against the gradients that have come so far, and the last step's norm.
+
+        Args:
+            p: a tensor of `group["params"]`; without a gradient nothing happens.
+            group: its group of `param_groups`. i: its place there.
+
+        Raises:
+            ValueError: the tensor is not in this group of this optimizer.
+            RuntimeError: `release_gradients` updates them already, or several processes run.
+        """
+        if p.grad is None:
+            return
+        if not any(p is q for q in group["params"]) or not any(group is own for own in self.param_groups):
+            raise ValueError("step_parameter got a tensor or a group of another optimizer; give p of group['params']")
+        if self._passes is None:
+            self._passes = Passes(self, None)
+        if self._passes.hooked:
+            raise RuntimeError("release_gradients updates these tensors already; use one of the two")
+        self._passes.step_parameter(p)
+
+    def step_param(self, p: Tensor, group: dict[str, Any]) -> None:
+        """`step_parameter` as sd-scripts calls it."""
+        self.step_parameter(p, group)
+
     def _gather(self, sharded: bool) -> list[Batch]:
         """The tensors that have a gradient, in one batch for each kind of update: those of the last step, if it can."""
         settings = self._follow()
@@ -315,7 +359,8 @@ class CruxyOptimizer(Optimizer):
             state = self._state if self._seen["state"] else None
             if self._plan.serves(state, self._plan_key(settings)):
                 return self._plan.batches
-        batches, absent = self._sort(settings, sharded)
+        tensors = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        batches, absent = self._sort(settings, tensors, sharded)
         self._plan = None
         if batches and plannable:
             self._rows.link(self._state, self.mode)
@@ -328,42 +373,48 @@ class CruxyOptimizer(Optimizer):
         stream = torch.cuda.current_stream().cuda_stream if self._rows.values.is_cuda else None
         return [s[:3] for s in settings], self._rows.changes, self.backend, stream
 
-    def _sort(self, settings: list[Settings], sharded: bool) -> tuple[list[Batch], list[Tensor]]:
-        """(batches, tensors without a gradient); makes missing state."""
+    def _sort(
+        self, settings: list[Settings], tensors: list[tuple[int, Tensor]], sharded: bool
+    ) -> tuple[list[Batch], list[Tensor]]:
+        """(batches, tensors without a gradient) of tensors with the index of their group; makes missing state."""
         batches: dict[Any, Batch] = {}
         absent: list[Tensor] = []
-        for index, group in enumerate(self.param_groups):
+        for index, p in tensors:
             rule, flags, use_gc = settings[index][:3]
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    absent.append(p)
-                    continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        "CruxyOptimizer does not support sparse gradients; "
-                        "use dense ones (for example Embedding(sparse=False))"
-                    )
-                if grad.is_neg():  # kernels read what lies in memory, and that is the other sign
-                    grad = p.grad = grad.resolve_neg()
-                state, number = self._state[p], self._rows.number[p]
-                if not state:
-                    self._init_state(p, rule, state)
-                    self._rows.forget(p)  # where the state was cleared the tensor starts anew
-                row = self._rows.of(p)
-                if row is None:
-                    age = state.get("step")  # of a state that was carried over from another tensor
-                    row = self._rows.join(p, index, self._calls, None if age is None else float(age))
-                mesh = None
-                if sharded:
-                    grad, mesh = distributed.local_grad(p, grad), distributed.statistics_key(p)
-                    p, state = distributed.local(p), distributed.local_state(state, p)
-                key = (rule, flags, use_gc, p.dtype, p.device, mesh)
-                batch = batches.get(key)
-                if batch is None:
-                    batch = batches[key] = Batch(*key)
-                batch.add(p, grad, state, row, number)
+            grad = p.grad
+            if grad is None:
+                absent.append(p)
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    "CruxyOptimizer does not support sparse gradients; "
+                    "use dense ones (for example Embedding(sparse=False))"
+                )
+            if grad.is_neg():  # kernels read what lies in memory, and that is the other sign
+                grad = p.grad = grad.resolve_neg()
+            state, row, number = self._joined(p, index, rule)
+            mesh = None
+            if sharded:
+                grad, mesh = distributed.local_grad(p, grad), distributed.statistics_key(p)
+                p, state = distributed.local(p), distributed.local_state(state, p)
+            key = (rule, flags, use_gc, p.dtype, p.device, mesh)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch(*key)
+            batch.add(p, grad, state, row, number)
         return list(batches.values()), absent
+
+    def _joined(self, p: Tensor, index: int, rule: str) -> tuple[dict[str, Any], int, int]:
+        """(state, row, number) of a tensor, which has them from now on."""
+        state = self._state[p]
+        if not state:
+            self._init_state(p, rule, state)
+            self._rows.forget(p)  # where the state was cleared the tensor starts anew
+        row = self._rows.of(p)
+        if row is None:
+            age = state.get("step")  # of a state that was carried over from another tensor
+            row = self._rows.join(p, index, self._calls, None if age is None else float(age))
+        return state, row, self._rows.number[p]
 
     def _follow(self) -> list[Settings]:
         """The groups' settings as they are now; refuses those that cannot be used, before anything is changed."""
@@ -443,7 +494,7 @@ class CruxyOptimizer(Optimizer):
         kept.update({k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")})
         for transient in ("grad_scale", "found_inf", "_zero_grad_profile_name"):
             kept.pop(transient, None)
-        return {**kept, "_plan": None}
+        return {**kept, "_plan": None, "_passes": None}  # hooks are of these tensors
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
@@ -455,7 +506,7 @@ class CruxyOptimizer(Optimizer):
             pre_hook(self)
         self._rows.follow(self.param_groups)
         self._rows.link(self.state, self.mode)
-        state_dict = checkpoint.pack(self.param_groups, self.state, self.seed)
+        state_dict = checkpoint.pack(self.param_groups, self.state, self.seed, self._release)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:
@@ -485,6 +536,9 @@ class CruxyOptimizer(Optimizer):
         self._settings = []
         self._history.begin(self.control[0])
         self._calls = calls(self.control[0])
+        self._release = loaded.release
+        if self._passes is not None:
+            self._passes.adopt()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -17,11 +17,9 @@ class Recipe(Settings):
     """The settings of one run, all of `cruxy_triton.settings.Settings`; raises UserError for one that is no good."""
 
     def __post_init__(self) -> None:
-        if self.method == "full":
-            raise UserError("--method full: finetune trains LoRA adapters; only plan knows full fine-tuning yet")
-        if self.release:
-            raise UserError("--release: finetune keeps whole gradients; plan and release_gradients() know released ones")
         super().__post_init__()
+        if self.release and self.method == "full":
+            raise UserError("--release: finetune keeps whole gradients; plan and release_gradients() know released ones")
 
     @property
     def gradient_accumulation_steps(self) -> int:

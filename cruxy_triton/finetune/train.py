@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune import full
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
@@ -42,7 +43,7 @@ GUARD_STATE = "guard.pt"  # of a checkpoint
 
 
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
-    """The adapters' parameters; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
+    """The parameters that learn; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if recipe.loraplus_lr_ratio == 1:
         return [p for _, p in named]
@@ -53,7 +54,7 @@ def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
 
 
 def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `parameters` (float32 adapters, or groups of them)."""
+    """The recipe's optimizer over `parameters`, or groups of them."""
     if recipe.optimizer in ("adamw", "sgd"):
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
         return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -74,6 +75,8 @@ def make_guard(
     """The recipe's guard, on the optimizer from now on; None where it is off."""
     if recipe.guard == "off":
         return None
+    learning = [p for p in model.parameters() if p.requires_grad]
+    kept = full.keeps_snapshots(recipe, learning)
     tensors = recipe.clip == "tensor" and not isinstance(optimizer, CruxyOptimizer)
     policy = Policy(
         act=recipe.guard == "act",
@@ -81,9 +84,8 @@ def make_guard(
         tensor_ratio=TENSOR_RATIO if tensors else None,
         snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
     )
-    return TrainingGuard(
-        optimizer, model, policy, events=folder.events, snapshots=folder.snapshots, raise_on_stop=False
-    )
+    snapshots = folder.snapshots if kept else None
+    return TrainingGuard(optimizer, model, policy, events=folder.events, snapshots=snapshots, raise_on_stop=False)
 
 
 def lr_factor(schedule: str, step: int, warmup: int, total: int) -> float:
@@ -103,8 +105,8 @@ def _known(value: float) -> float | None:
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters; `rows`, to train on and held out, are
-    as `data.fit` makes them."""
+    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters, or one of which every weight learns;
+    `rows`, to train on and held out, are as `data.fit` makes them."""
 
     def __init__(
         self,
@@ -156,7 +158,8 @@ class Trainer(SFTTrainer):
             seed=recipe.seed,
             data_seed=recipe.seed,
         )
-        adapters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        adapters = {n: p.detach().clone() for n, p in learning.items()} if recipe.method == "lora" else {}
         super().__init__(
             model=model,
             args=args,
@@ -166,7 +169,7 @@ class Trainer(SFTTrainer):
         )
         # TRL turns the adapters of a quantized model into bfloat16, which pre-Ampere cards only emulate.
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in adapters:
                 parameter.data = adapters[name]
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -241,8 +244,12 @@ class Trainer(SFTTrainer):
         return str(self.folder.checkpoints / ".partial")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Embeddings are never resized, so that peft need not load the base's config again to compare.
-        self.peft_model.save_pretrained(output_dir, save_embedding_layers=False)
+        assert output_dir is not None
+        full.write_weights(self.peft_model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.recipe.method == "lora":  # else the model was loaded from there in the first place
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         partial = Path(self._get_output_dir(trial))
@@ -266,7 +273,7 @@ class Trainer(SFTTrainer):
             self.guard.load_state_dict(torch.load(checkpoint / GUARD_STATE, weights_only=True))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
-        """Takes adapters and step from `checkpoint` if it is that of the last step, after which no step may follow."""
+        """Takes step and result from `checkpoint` if it is that of the last step, after which no step may follow."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
             return False
