@@ -17,6 +17,11 @@ class Recipe(Settings):
     """The settings of one run, all of `cruxy_triton.settings.Settings`; raises UserError for one that is no good."""
 
     @property
+    def releases(self) -> bool:
+        """Whether each layer learns in the backward pass."""
+        return self.method == "full" and self.release
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
         assert self.micro_batch_size is not None, "the plan decides the micro-batch size first"

@@ -38,7 +38,7 @@ def describe(config: Configuration) -> str:
     """One line: what a configuration is."""
     base = config.precision + (" (double quantization)" if config.double_quant else "")
     if config.method == "full":
-        learned = "full fine-tuning"
+        learned = "full fine-tuning" + (", gradients released" if config.release else "")
     else:
         learned = f"LoRA r={config.lora_r} on {', '.join(config.target_modules)}"
     return (
