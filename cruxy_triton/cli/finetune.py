@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         from cruxy_triton.finetune import run as run_module
 
     if record_gradients and recipe.releases:
-        raise UserError("--record-gradients needs --no-release: gradients that are released are gone before they are saved")
+        raise UserError("--record-gradients needs --no-release: released gradients are gone before they could be saved")
     display = Progress()
     hooks = run_module.Hooks(say=say, progress=display)
     try:

@@ -53,9 +53,13 @@ def _too_small(nearest: Plan, recipe: Recipe) -> str:
     if recipe.load_in_4bit:
         remedy = "a smaller --lora-r or a smaller model"
     elif recipe.method == "full":
-        open_ = [("--optimizer cruxy-lion", nearest.config.optimizer != "cruxy-lion"), ("--release", not recipe.release)]
-        open_ += [("--batch-size 1", bool(recipe.release and recipe.batch_size not in (None, 1)))]
-        remedy = ", ".join([flag for flag, helps in open_ if helps] + ["--method lora or a smaller model"])
+        possible = {
+            "--optimizer cruxy-lion": nearest.config.optimizer != "cruxy-lion",
+            "--release": not recipe.release,
+            "--batch-size 1": recipe.release and nearest.config.batch_size > 1,
+            "--method lora": True,
+        }
+        remedy = ", ".join(flag for flag, helps in possible.items() if helps) + " or a smaller model"
     if nearest.needed is not None and nearest.needed.change.startswith("a card"):
         remedy += f", or {nearest.needed.change}"
     return (

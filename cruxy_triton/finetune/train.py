@@ -452,9 +452,10 @@ class Telemetry(TrainerCallback):
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
         if trainer.released is not None:  # the optimizer's own numbers are of the step before
-            now_known = trainer.released.metrics()
-            row |= {name: now_known[name] for name in ("grad_norm", "max_grad", "nonfinite", "loss_scale")}
-            row["skipped"] = int(now_known["nonfinite"] > 0 or not math.isfinite(row["loss"]))
+            found = trainer.released.metrics()
+            scaled = ["loss_scale"] if trainer.dtype is torch.float16 else []
+            row |= {name: found[name] for name in ("grad_norm", "max_grad", "nonfinite", *scaled)}
+            row["skipped"] = int(found["nonfinite"] > 0 or not math.isfinite(row["loss"]))
         row |= self._guarded(row)
         row["skipped"] = int(self._was_skipped(row))
         row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
