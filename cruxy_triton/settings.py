@@ -29,6 +29,7 @@ DEFAULT_LR = {"cruxy": 4e-4, "cruxy-lion": 1e-4, "adamw": 2e-4, "sgd": 0.5}
 # The same where every weight learns: a tenth of adamw's, the usual one there; the others in proportion, but for the
 # Lion rule's, which is adamw's. Each tensor is clipped against its own history, so that the norms bound no rate.
 FULL_LR = {"cruxy": 4e-5, "cruxy-lion": 2e-5, "adamw": 2e-5, "sgd": 0.5}
+BATCH_SIZE = 8
 STATE_BITS = {"cruxy": (32, 8), "cruxy-lion": (32, 8, 4), "adamw": (32,), "sgd": (32,)}
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
@@ -252,8 +253,9 @@ class Settings:
         None, "recompute activations in the backward pass", left_open="planned", searched=True
     )
     chunked_loss: bool = _memory(True, "the loss in tiles (TRL); without it whole logits (transformers)", searched=True)
-    release: bool = _memory(False, "each layer learns in the backward pass and its gradients go at once; every "
-                            "micro-batch is a step", searched=True, only_with=("method", ("full",)))  # fmt: skip
+    release: bool = _memory(None, "each layer learns in the backward pass and its gradients go at once; every "
+                            "micro-batch is a step", searched=True, only_with=("method", ("full",)),
+                            left_open="on with a cruxy optimizer and whole batches")  # fmt: skip
 
     method: str = _setting("lora", "what learns: adapters, or every weight", group="LoRA",
                            commands=BOTH, configures=True, choices=("lora", "full"))  # fmt: skip
@@ -287,7 +289,8 @@ class Settings:
                           left_open="global; tensor with --method full and a cruxy optimizer")  # fmt: skip
     guard: str = _training("act", "what watches the run: keeps it alive, only writes down what it would do, or nothing",
                            choices=("act", "observe", "off"))  # fmt: skip
-    batch_size: int = _step(8, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N")
+    batch_size: int = _step(None, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N",
+                            left_open=f"{BATCH_SIZE}; with --release planned, at most that")  # fmt: skip
     micro_batch_size: int | None = _step(
         None, "sequences per forward pass; divides --batch-size", minimum=1, maximum=4096, metavar="N",
         left_open="planned", searched=True,
@@ -428,13 +431,18 @@ def refuse_adapters(given: Mapping[str, Any], method: str | None) -> None:
 
 def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that follow from other settings; None is for the plan to decide."""
-    full = values["method"] == "full"
+    full, batch, micro = values["method"] == "full", values.get("batch_size"), values.get("micro_batch_size")
     usual = "cruxy-lion" if full else "cruxy"
     optimizer = values["optimizer"] or usual
+    # Where a step is of several micro-batches, their gradients have to wait for each other.
+    able = full and optimizer.startswith("cruxy") and (None in (batch, micro) or batch == micro)
+    release = able if values.get("release") is None else full and values["release"]
     return {
         "optimizer": usual,
         "state_bits": None if full and len(STATE_BITS[optimizer]) > 1 else 32,
         "lr": (FULL_LR if full else DEFAULT_LR)[optimizer],
+        "release": able,
+        "batch_size": None if release else BATCH_SIZE,
         "clip": "tensor" if full and optimizer.startswith("cruxy") else "global",
         "lora_alpha": 2 * values["lora_r"],
     }

@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
             recipe.model, recipe.data = model, str(data)
         from cruxy_triton.finetune import run as run_module
 
+    if record_gradients and recipe.releases:
+        raise UserError("--record-gradients needs --no-release: released gradients are gone before they could be saved")
     display = Progress()
     hooks = run_module.Hooks(say=say, progress=display)
     try:

@@ -53,8 +53,13 @@ def _too_small(nearest: Plan, recipe: Recipe) -> str:
     if recipe.load_in_4bit:
         remedy = "a smaller --lora-r or a smaller model"
     elif recipe.method == "full":
-        frugal = nearest.config.optimizer == "cruxy-lion"
-        remedy = f"{'' if frugal else '--optimizer cruxy-lion, '}--method lora or a smaller model"
+        possible = {
+            "--optimizer cruxy-lion": nearest.config.optimizer != "cruxy-lion",
+            "--release": not recipe.release,
+            "--batch-size 1": recipe.release and nearest.config.batch_size > 1,
+            "--method lora": True,
+        }
+        remedy = ", ".join(flag for flag, helps in possible.items() if helps) + " or a smaller model"
     if nearest.needed is not None and nearest.needed.change.startswith("a card"):
         remedy += f", or {nearest.needed.change}"
     return (

@@ -229,7 +229,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{', '.join(recipe['target_modules'])}{', scaled by 1/sqrt(r)' if recipe['use_rslora'] else ''}: "
         f"{run['trainable_parameters']:,} parameters (float32) |"
         if adapter
-        else f"| trained | every weight: {run['trainable_parameters']:,} parameters ({run['dtype']}) |",
+        else f"| trained | every weight: {run['trainable_parameters']:,} parameters ({run['dtype']})"
+        f"{', each layer in the backward pass' if recipe['release'] else ''} |",
         f"| optimizer | {recipe['optimizer']}, state in {recipe['state_bits']} bits"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"

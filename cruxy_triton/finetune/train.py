@@ -31,7 +31,9 @@ from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.guard.events import ACTIONS, SKIP
+from cruxy_triton.guard.released import ReleasedGuard
 from cruxy_triton.optimizer import CruxyOptimizer
+from cruxy_triton.release import Released, release_gradients
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -70,7 +72,11 @@ def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimiz
 
 
 def make_guard(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: RunFolder
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    folder: RunFolder,
+    released: Released | None = None,
 ) -> TrainingGuard | None:
     """The recipe's guard, on the optimizer from now on; None where it is off."""
     if recipe.guard == "off":
@@ -84,8 +90,10 @@ def make_guard(
         tensor_ratio=TENSOR_RATIO if tensors else None,
         snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
     )
-    snapshots = folder.snapshots if kept else None
-    return TrainingGuard(optimizer, model, policy, events=folder.events, snapshots=snapshots, raise_on_stop=False)
+    settings: Any = {"events": folder.events, "snapshots": folder.snapshots if kept else None, "raise_on_stop": False}
+    if released is not None:
+        return ReleasedGuard(released, optimizer, model, policy, **settings)
+    return TrainingGuard(optimizer, model, policy, **settings)
 
 
 def lr_factor(schedule: str, step: int, warmup: int, total: int) -> float:
@@ -127,6 +135,7 @@ class Trainer(SFTTrainer):
         self.folder = folder
         self.dtype = dtype
         self.guard: TrainingGuard | None = None  # from `create_optimizer` on
+        self.released: Released | None = None
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -143,8 +152,9 @@ class Trainer(SFTTrainer):
             packing_strategy="wrapped",
             gradient_checkpointing=bool(recipe.gradient_checkpointing),
             gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
-            bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16,
+            # Weights that learn in the backward pass are computed with as they are, under a loss scale of their own.
+            bf16=dtype is torch.bfloat16 and not recipe.releases,
+            fp16=dtype is torch.float16 and not recipe.releases,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             max_grad_norm=0.0,  # clipped in the step, by the optimizer or after the guard has seen the gradients
@@ -192,7 +202,9 @@ class Trainer(SFTTrainer):
 
         # In this order: the guard judges, and names, the gradients as they came.
         self.optimizer.register_step_pre_hook(hand_on)
-        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder)
+        if self.recipe.releases:
+            self.released = release_gradients(self.peft_model, self.optimizer).attach(self)
+        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder, self.released)
         if self.recipe.clip == "global" and not ours:
             self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
@@ -218,7 +230,11 @@ class Trainer(SFTTrainer):
         trained = _label_count(inputs)
         self.step_tokens += int(inputs["attention_mask"].sum())
         self.step_ids.append(inputs["input_ids"])
+        if isinstance(self.guard, ReleasedGuard):
+            self.guard.begin()
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if isinstance(self.guard, ReleasedGuard):
+            self.guard.end()
         # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         self.step_trained += trained
@@ -435,6 +451,11 @@ class Telemetry(TrainerCallback):
             metrics = optimizer.metrics()
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
+        if trainer.released is not None:  # the optimizer's own numbers are of the step before
+            found = trainer.released.metrics()
+            scaled = ["loss_scale"] if trainer.dtype is torch.float16 else []
+            row |= {name: found[name] for name in ("grad_norm", "max_grad", "nonfinite", *scaled)}
+            row["skipped"] = int(found["nonfinite"] > 0 or not math.isfinite(row["loss"]))
         row |= self._guarded(row)
         row["skipped"] = int(self._was_skipped(row))
         row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))

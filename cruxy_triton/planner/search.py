@@ -191,7 +191,7 @@ class _Space:
         self.adapters = self._adapters() if self.method == "lora" else [(0, ())]
         self.optimizers = self._optimizers()
         self.checkpointing = self._open("gradient_checkpointing", [False, True])
-        self.batch_size = self._value("batch_size")
+        self.batch_size = self._value("batch_size") or settings.BATCH_SIZE
         divisors = [n for n in range(LARGEST_MICRO_BATCH, 0, -1) if self.batch_size % n == 0]
         self.micro_batches = self._open("micro_batch_size", divisors)
         batch = None if self.given.get("release") and not self.pins("batch_size") else self.batch_size
