@@ -43,6 +43,7 @@ VARIED = {
     + [(Card.cpu("8GiB"), {"attention": kind}) for kind in ("sdpa-cpu", "eager")],
     "gradient_checkpointing": [("t4", {"gradient_checkpointing": value}) for value in (True, False)],
     "chunked_loss": [("t4", {"chunked_loss": value}) for value in (True, False)],
+    "release": [("rtx3090", {"method": "full", "release": value}) for value in (False, True)],
     "method": [("rtx3090", {"method": name}) for name in ("lora", "full")]
     + [("rtx3090", {"method": "full", "optimizer": name}) for name in settings.STATE_BITS],
     "lora_r": [("t4", {"lora_r": value}) for value in (8, 24)],

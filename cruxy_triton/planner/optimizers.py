@@ -31,17 +31,19 @@ class Optimizer:
         each = [math.ceil(n / packed)] + ([SCALE * -(-n // shared)] if shared else [])
         return each * self.moments
 
-    def tables(self, sizes: Sequence[int], device: str) -> list[int]:
-        """Bytes of each table of one launch for parameters of these `sizes`: which tensor and which chunk of it a
-        program serves, and the tensors' addresses. A CPU has them elsewhere."""
-        if not self.controlled or device == "cpu":
+    def beside(self, sizes: Sequence[int], device: str) -> list[int]:
+        """Bytes of what it keeps beside the state for a layer of parameters of these `sizes`, where gradients are
+        released: which tensor and which chunk of it a program serves (a CPU has none), and what it knows of each
+        tensor. In a step of the whole model that is a tenth of a per mille, which is left out."""
+        if not self.controlled:
             return []
-        chunks = 4 * sum(-(-n // CHUNK) for n in sizes)
-        return [chunks, chunks, ENTRY * len(sizes)]
+        chunks = [4 * sum(-(-n // CHUNK) for n in sizes)] * 2 if device != "cpu" else []
+        return [*chunks, (STATISTICS + NORMS + (ENTRY if chunks else 0)) * len(sizes)]
 
-    def control(self, tensors: int) -> list[int]:
-        """Bytes of what it keeps of a step: the history of its metrics, statistics and norms of each tensor."""
-        return [HISTORY, STATISTICS * tensors, NORMS * tensors] if self.controlled else []
+    @property
+    def history(self) -> list[int]:
+        """Bytes of the metrics that it remembers."""
+        return [HISTORY] if self.controlled else []
 
     @property
     def controlled(self) -> bool:

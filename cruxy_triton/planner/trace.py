@@ -30,6 +30,7 @@ from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.stand_ins import Autocast, stand_ins
 from cruxy_triton.planner.step import Step
+from cruxy_triton.release import layer_groups
 
 aten = torch.ops.aten
 
@@ -177,15 +178,6 @@ def _layers(step: Step, base: Any) -> list[torch.nn.Module]:
     return list(lists[0]) if lists else []
 
 
-def _groups(step: Step, model: Any) -> list[list[torch.nn.Parameter]]:
-    """The weights that learn together where gradients are released: each layer's, and of each module outside them."""
-    layers = [list(layer.parameters()) for layer in _layers(step, model)]
-    known = {p for group in layers for p in group}
-    others = [[p for p in module.parameters(recurse=False) if p not in known] for module in model.modules()]
-    tied = {group[0]: group for group in others if group}  # a tied head is the embedding
-    return [*layers, *tied.values()]
-
-
 def _watch(step: Step, model: Any, recorder: Recorder) -> None:
     """Hooks that tell the ledger where the step is. Everything before the loss is the forward pass."""
     ledger, base = recorder.ledger, _base(model)
@@ -262,9 +254,9 @@ def _trace(step: Step, steps: int) -> Ledger:
 def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, steps: int) -> None:
     ledger, optimizer = recorder.ledger, OPTIMIZERS[step.optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = _groups(step, model) if step.release else [trained]
+    groups = [layer for _, layer in layer_groups(model)] if step.release else [trained]
     state: list[torch.Tensor] = []
-    launched: set[torch.Tensor] = set()  # the first parameter of each group that has its tables
+    seen: set[torch.Tensor] = set()  # the first parameter of each group that has learnt once
     workspaces: list[Storage] = []
 
     def workspace() -> None:
@@ -275,10 +267,10 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
     def make_state(group: list[torch.nn.Parameter]) -> None:
         sizes = []
         if not state:
-            sizes += optimizer.control(len(trained)) + [n for p in trained for n in optimizer.tensors(p.numel())]
-        if group[0] not in launched:
-            launched.add(group[0])
-            sizes += optimizer.tables([p.numel() for p in group], step.device)
+            sizes += optimizer.history + [n for p in trained for n in optimizer.tensors(p.numel())]
+        if step.release and group[0] not in seen:
+            seen.add(group[0])
+            sizes += optimizer.beside([p.numel() for p in group], step.device)
         with ledger.booked_as("optimizer state"):
             state.extend(_bytes(size) for size in sizes)
 

@@ -261,7 +261,7 @@ class _Run:
         self.state: list[Storage] = []
         self.workspaces: list[Storage] = []
         self.group_of = {id(p): group for group in self.model.groups() for p in group} if step.release else {}
-        self.launched: set[int] = set()  # the first parameter's id of each group that has its tables
+        self.seen: set[int] = set()  # the first parameter's id of each group that has learnt once
 
     def _workspace(self, index: int) -> None:
         """cuBLAS takes one per thread: the forward pass's and the backward pass's."""
@@ -300,10 +300,10 @@ class _Run:
         tape, trained, optimizer = self.tape, self.model.trained, OPTIMIZERS[self.step.optimizer]
         sizes = []
         if not self.state:
-            sizes += optimizer.control(len(trained)) + [size for p in trained for size in optimizer.tensors(p.n)]
-        if id(group[0]) not in self.launched:
-            self.launched.add(id(group[0]))
-            sizes += optimizer.tables([p.n for p in group], self.step.device)
+            sizes += optimizer.history + [size for p in trained for size in optimizer.tensors(p.n)]
+        if self.step.release and id(group[0]) not in self.seen:
+            self.seen.add(id(group[0]))
+            sizes += optimizer.beside([p.n for p in group], self.step.device)
         self.state += [tape.buffer(size, "optimizer state") for size in sizes]
         held = [tape.buffer(p.n * optimizer.transient, "workspaces") for p in group if optimizer.transient]
         del held
