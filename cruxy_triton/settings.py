@@ -252,7 +252,8 @@ class Settings:
     gradient_checkpointing: bool | None = _memory(
         None, "recompute activations in the backward pass", left_open="planned", searched=True
     )
-    chunked_loss: bool = _memory(True, "the loss in tiles (TRL); without it whole logits (transformers)", searched=True)
+    chunked_loss: bool = _memory(None, "the loss in tiles (TRL); without it whole logits (transformers)", searched=True,
+                                 left_open="on; planned with --method full")  # fmt: skip
     release: bool = _memory(None, "each layer learns in the backward pass and its gradients go at once; every "
                             "micro-batch is a step", searched=True, only_with=("method", ("full",)),
                             left_open="on with a cruxy optimizer and whole batches")  # fmt: skip
@@ -449,6 +450,7 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": usual,
         "state_bits": None if full and len(STATE_BITS[optimizer]) > 1 else 32,
         "lr": (FULL_LR if full else DEFAULT_LR)[optimizer],
+        "chunked_loss": None if full else True,
         "release": able,
         "batch_size": None if release else BATCH_SIZE,
         "clip": "tensor" if full and optimizer.startswith("cruxy") else "global",
