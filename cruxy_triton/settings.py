@@ -381,8 +381,8 @@ def check_together(values: Mapping[str, Any]) -> None:
             _check_release(optimizer, batch, micro)
             if values.get("layerwise") not in (None, "none"):
                 raise UserError(
-                    f"--layerwise {values['layerwise']} compares the gradients of all layers, which --release frees one "
-                    "by one; leave one of them out"
+                    f"--layerwise {values['layerwise']} compares the gradients of all layers, which --release frees "
+                    "layer by layer; leave one of them out"
                 )
 
 
