@@ -352,9 +352,9 @@ class CruxyOptimizer(Optimizer):
             self._layers.follow(self.param_groups, device or first.device, (self._rows, self._rows.changes))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in every torch optimizer; a step in the backward pass that no `step()` has ended is broken off."""
+        """As in every torch optimizer; released gradients of a step that no `step()` has ended: it is broken off."""
         if self._passes is not None:
-            self._passes.abandon()
+            self._passes.end(whole=not self._passes.hooked)
         super().zero_grad(set_to_none)
 
     supports_fused_back_pass = True
@@ -363,8 +363,9 @@ class CruxyOptimizer(Optimizer):
     def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
         """Update one tensor from its gradient within the backward pass; OneTrainer calls it so, from a hook.
 
-        The laws see each step's statistics in the next one (docs/full-parameter.md). `step()` ends the step; where
-        nobody calls it, the first tensor that comes again does. The caller frees the gradient. With `clip="global"`
+        The laws see each step's statistics in the next one (docs/full-parameter.md). `step()`, `zero_grad()` and
+        `state_dict()` end the step; where nobody calls them, the first tensor that comes again does. The gradient is
+        freed. With `clip="global"`
         the limit is held against the gradients that have come so far, and the last step's norm.
 
         Args:
@@ -552,6 +553,8 @@ class CruxyOptimizer(Optimizer):
         """Everything a run needs to continue bit for bit; `checkpoint.py` says in which form."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        if self._passes is not None:
+            self._passes.end()
         self._rows.follow(self.param_groups)
         self._rows.link(self.state, self.mode)
         self._follow_layers()

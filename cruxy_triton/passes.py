@@ -156,7 +156,7 @@ class Passes:
     def step_parameter(self, p: Tensor) -> None:
         """Update one tensor, for a trainer's own hook."""
         if self.seen(p):
-            self.finish(None)
+            self.end()
             self.seen(p)
         layer = self._layers.get(p)
         if layer is None:
@@ -226,14 +226,14 @@ class Passes:
         left = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if left:  # of tensors that have no hook
             self.update(Layer("others", left))
-        if self.open:
-            self._close(loss if loss is not None else self.loss, whole=True)
-        self._forget()
+        self.end(loss)
 
-    def abandon(self) -> None:
-        """The step is broken off, as by an error in its backward pass: what has been updated stays so."""
+    def end(self, loss: float | Tensor | None = None, *, whole: bool = True) -> None:
+        """No more tensors come in this step. whole: False where it is broken off, as by an error in backward()."""
         if self.open:
-            self._close(None, whole=False)
+            given, self.optimizer._given_loss = self.optimizer._given_loss, None
+            chosen = next((value for value in (loss, self.loss, given) if value is not None), None)
+            self._close(chosen, whole)
         self._forget()
 
     def _close(self, loss: float | Tensor | None, whole: bool) -> None:
