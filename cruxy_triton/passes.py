@@ -42,6 +42,11 @@ class Passes:
     def __init__(
         self, optimizer: Any, scale: float | None, interval: int = law.GROWTH_INTERVAL, *, hooked: bool = False
     ) -> None:
+        if optimizer.layerwise is not None:
+            raise ValueError(
+                f"layerwise={optimizer.layerwise!r} compares the layers' gradients, and an update in the backward pass "
+                "frees them before the last one is there; use layerwise=None, or do without release"
+            )
         self.optimizer, self.hooked = optimizer, hooked
         self.scaled, self.first_scale, self.interval = scale is not None, scale or 1.0, interval
         self.open = False
