@@ -59,7 +59,7 @@ def main(capsys: pytest.CaptureFixture, *words: str | Path):
         (["--method", "full", "--lora-r", "4"], "--lora-r with --method full, which has no adapters; leave it out"),
         (["--method", "full", "--load-in-4bit"], "4-bit weights cannot learn; leave --load-in-4bit out"),
         (["--method", "full", "--record-gradients", "2"], "--record-gradients needs --no-release"),
-        (["--method", "full", "--release", "--batch-size", "4", "--micro-batch-size", "2"], "a step of every micro-batch"),
+        (["--method", "full", "--release", "--batch-size", "4", "--micro-batch-size", "2"], "of every micro-batch"),
         (["--method", "full", "--release", "--optimizer", "sgd"], "sgd has no update in backward"),
         (["--method", "full", "--merge"], "--method full writes a whole model already; leave --merge out"),
         (["--method", "full", "--dtype", "float16", "--optimizer", "adamw"], "cannot train float16 weights"),
