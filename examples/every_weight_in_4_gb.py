@@ -1,7 +1,7 @@
 """Every weight of a model on a 4 GB card: which of six models train on a GTX 1650 with released gradients.
 
     python examples/every_weight_in_4_gb.py            the table of docs/measurements.md
-    python examples/every_weight_in_4_gb.py --trace    with the peaks of a trace beside the planned ones (torch, minutes)
+    python examples/every_weight_in_4_gb.py --trace    with a trace's peaks beside the planned ones (torch, minutes)
 
 512 tokens, one sequence per step, float16 weights, gradient checkpointing, the Lion rule with 8 and with 4 bits of
 state; the loss in tiles or from whole logits, whichever takes less.
@@ -36,7 +36,7 @@ def cells(model: str, bits: int, traced: bool) -> list[str]:
         from cruxy_triton.planner.trace import trace
 
         peak = max(trace(step_of(load_model(model), load_card(CARD), linux.config)).phases.values())
-        shown.append(f"{peak / MIB:,.0f} ({100 * (allocated / peak - 1):+.3f} %)")
+        shown.append(f"{peak / MIB:,.0f} ({100 * abs(allocated / peak - 1):.3f} % off)")
     least = min(linux.peak_bytes, windows.peak_bytes)  # the smallest pool that was seen to do
     return [*shown, f"{least / MIB:,.0f}", verdict(linux), verdict(windows)]
 

@@ -106,6 +106,7 @@ def test_what_every_weight_learns_with_where_nothing_is_said() -> None:
     lora, full = (Recipe("m", "d", "o", method=method) for method in ("lora", "full"))
     assert (lora.optimizer, lora.state_bits, lora.clip) == ("cruxy", 32, "global")
     assert (full.optimizer, full.state_bits, full.clip) == ("cruxy-lion", None, "tensor")
+    assert (lora.chunked_loss, full.chunked_loss) == (True, None), "planned: what takes less depends on the length"
     assert full.lr == settings.FULL_LR["cruxy-lion"] < lora.lr / 10
     assert Recipe("m", "d", "o", method="full", optimizer="adamw").clip == "global", "the norm bounds its steps"
 

@@ -30,7 +30,7 @@ def make_plan(
     recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, longest_allowed: int, longest_record: int
 ) -> Plan:
     """The plan for `recipe`, whose open settings (sequence length, micro-batch, checkpointing, attention; of a full
-    fine-tuning also the bits of the optimizer's state) it decides.
+    fine-tuning also the loss and the bits of the optimizer's state) it decides.
 
     In this order of preference: the whole length, then no checkpointing, then the largest micro-batch; the
     optimizer step always sees `batch_size` sequences, so the last two change speed and not the result.

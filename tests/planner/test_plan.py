@@ -3,7 +3,9 @@
 import contextlib
 import itertools
 import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,7 @@ from cruxy_triton.planner.losses import tiles_pay
 from cruxy_triton.planner.render import finetune_command, render
 from cruxy_triton.planner.speed import flops, step_seconds
 
+ROOT = Path(__file__).resolve().parents[2]
 GiB = 2**30
 LLAMA = {
     "model_type": "llama",
@@ -241,6 +244,22 @@ def test_full_fine_tuning_where_it_fits():
     whole = plan("tinyllama-1.1b", "gtx1650", method="full", release=False)
     assert not whole.fits
     assert whole.needed.change == "--release"
+
+
+def test_every_weight_on_a_gtx_1650_as_in_the_table():
+    """The rows of docs/measurements.md are what examples/every_weight_in_4_gb.py prints."""
+    example = runpy.run_path(str(ROOT / "examples" / "every_weight_in_4_gb.py"))
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    made = [line.strip("| ").split(" | ") for line in example["table"]()]
+    for row in made[:1] + made[2:]:
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {' | '.join(row[:4])} |"))
+        cells = line.strip("| ").split(" | ")
+        assert cells[:4] + cells[5:] == row
+        if row is not made[0]:
+            assert float(cells[4].partition("(")[2].removesuffix(" % off)")) < 1
+    assert [row[5:] for row in made if row[:2] in (["tinyllama-1.1b", "8"], ["tinyllama-1.1b", "4"])] == [
+        ["tight", "no, 476 MiB short"], ["yes", "tight"],
+    ]  # fmt: skip
 
 
 def test_every_weight_of_a_billion_on_a_4_gb_card():
