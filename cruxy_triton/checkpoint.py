@@ -5,9 +5,10 @@ The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
     {"state": {index: {"step": 0-dim fp32, "exp_avg": ..., "exp_avg_sq": ..., "clip": fp32 (NUM_HISTORY,)}},
      "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
-`release`, in the first group, is there where gradients have been released (controllers/release.py). `control` is the
-group's main row of the control vector: the statistics, the controller's multiplier and its
-histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in fewer bits
+`release`, in the first group, is there where gradients have been released (controllers/release.py), and `layers` where
+there is layer-wise control (controllers/layers.py). `control` is the group's main row of the control vector: the
+statistics, the controller's multiplier and its histories. It stands in the group, because
+`torch.distributed.checkpoint` keeps nothing else. State in fewer bits
 is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`). `clip` is there with `clip="tensor"` alone.
 
 The functions here are pure: `read` makes and checks everything before an optimizer is touched.
@@ -29,6 +30,7 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.codec import Codec, scale_name
 from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
+from cruxy_triton.controllers.layers import KEY as LAYERS
 from cruxy_triton.controllers.release import NUM_RELEASE, SCALE
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
@@ -57,6 +59,8 @@ def pack(
     ]
     for group in packed:
         group["control"][L.SEED] = seed  # before the first step it is not there yet
+        if LAYERS in group:
+            group[LAYERS] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group[LAYERS].items()}
     if release is not None:
         packed[0]["release"] = release.clone()
     states = {
@@ -73,6 +77,7 @@ class Checkpoint:
 
     controls: the main row of each group, None where its statistics start afresh.
     ages: of each group's tensors that have a state, the steps that it has seen.
+    layers: the state of layer-wise control as it was saved, not checked.
     release: what controllers/release.py keeps, None where no gradients have been released.
     """
 
@@ -80,6 +85,7 @@ class Checkpoint:
     groups: list[Group] = field(default_factory=list)
     controls: list[Tensor | None] = field(default_factory=list)
     ages: list[dict[Tensor, float]] = field(default_factory=list)
+    layers: Any = None
     release: Tensor | None = None
 
 
@@ -140,6 +146,8 @@ def read(
             if clip == "tensor" and "clip" in value:
                 found.state[p]["clip"] = _history(value["clip"], place)
         control, saved_mode = saved.pop("control", None), saved.pop("mode", None)
+        layers = saved.pop(LAYERS, None)
+        found.layers = layers if found.layers is None else found.layers
         release = saved.pop("release", None)
         if release is not None:
             found.release = _release(release, f"group {i}")

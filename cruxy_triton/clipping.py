@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cruxy_kernels import TensorClip
 from cruxy_kernels import layout as L
-from cruxy_triton.batches import Batch
+from cruxy_triton.batches import Batch, spans_of
 from cruxy_triton.rows import ControlRows
 
 
@@ -34,15 +34,9 @@ class Histories:
         if known == self._known and kept is not None and kept[0] == known:
             return kept[1]
         self._link(known, rows, state)
-        spans, first = [], 0
-        for batch in batches:
-            own = batch.spans()
-            spans.append(own + torch.tensor([first, 0]))
-            first += int(own[:, 1].sum())
         ids = [number for batch in batches for number in batch.ids]
-        prepared = [batch.prepared is not None for batch in batches]
-        clip = TensorClip(self._values, ids, torch.cat(spans) if any(prepared) else None)
-        batches[0].clip = (known, clip) if all(prepared) else None
+        clip = TensorClip(self._values, ids, spans_of(batches))
+        batches[0].clip = (known, clip) if all([batch.prepared is not None for batch in batches]) else None
         return clip
 
     def _link(self, known: Any, rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> None:

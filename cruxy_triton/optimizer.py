@@ -21,7 +21,11 @@ from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.batches import Batch, StepPlan
 from cruxy_triton.clipping import Histories
+from cruxy_triton.controllers.blade import Blade
+from cruxy_triton.controllers.layers import KEY as LAYERS
+from cruxy_triton.controllers.layers import LayerControl, StepTensors
 from cruxy_triton.controllers.meta import slow_loop
+from cruxy_triton.controllers.sketch_align import SketchAlign
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
 from cruxy_triton.metrics import History, Reader, calls, named
@@ -29,6 +33,7 @@ from cruxy_triton.passes import Passes
 from cruxy_triton.rows import ControlRows
 
 CLIPPING = ("global", "tensor", None)
+LAYERWISE = ("blade", "sketch_align", None)
 
 
 class CruxyOptimizer(Optimizer):
@@ -59,6 +64,11 @@ class CruxyOptimizer(Optimizer):
         clip: "global", the mode's own limit of the norm of all gradients together (stability_v1 has none); "tensor",
             each tensor's gradient at 1.05 times the norms it has had (AdaGC; docs/laws.md, section 2.6), in its
             place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
+        layerwise: "blade", a multiplier of the step size for each layer by the direction and size of its gradients
+            (layers by parameter name, so give `model.named_parameters()`; docs/laws.md, section 7); "sketch_align",
+            one for all layers; None. Not for sharded parameters.
+        response: of "blade": "damped", in which a layer more volatile than the median steps less, or "paper", the
+            published law, in which it steps more.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
         seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24;
@@ -106,6 +116,8 @@ class CruxyOptimizer(Optimizer):
         bounds: tuple[float, float] | None = (0.1, 4.0),
         guard: bool = True,
         clip: str | None = "global",
+        layerwise: str | None = None,
+        response: str = "damped",
         backend: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -138,6 +150,9 @@ class CruxyOptimizer(Optimizer):
             raise ValueError(f"guard is {guard!r}; expected True or False")
         if clip not in CLIPPING:
             raise ValueError(f"clip is {clip!r}; expected one of {', '.join(map(repr, CLIPPING))}")
+        if layerwise not in LAYERWISE:
+            raise ValueError(f"layerwise is {layerwise!r}; expected one of {', '.join(map(repr, LAYERWISE))}")
+        blade = Blade(response)
         if not groups.is_count(history):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         if not (groups.is_count(seed) and seed < 1 << 24):
@@ -151,6 +166,9 @@ class CruxyOptimizer(Optimizer):
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.guard = guard
         self.clip = clip
+        self.layerwise, self.response = layerwise, response
+        self._layers: LayerControl | None = {"blade": blade, "sketch_align": SketchAlign()}.get(layerwise or "")
+        self._given_entropy: Any = None
         self.seed = seed
         self._rows = ControlRows()
         self._histories = Histories()
@@ -186,6 +204,7 @@ class CruxyOptimizer(Optimizer):
             groups.warn_of_betas(mode, rule, betas)
         super().__init__(params, defaults)
         self._seen["state"] = False  # the base class put an empty one there
+        self._follow_layers()
 
     @property
     def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -215,6 +234,7 @@ class CruxyOptimizer(Optimizer):
         """Add a group; it joins with the statistics gathered so far. Raises ValueError for bad settings."""
         if isinstance(param_group, dict):
             groups.refuse_shared(param_group, self)
+            param_group.pop(LAYERS, None)  # of another optimizer, whose groups these were
             rule = groups.rule_of({**self.defaults, **param_group})
             if "betas" in param_group:
                 groups.warn_of_betas(self.mode, rule, param_group["betas"])
@@ -239,6 +259,10 @@ class CruxyOptimizer(Optimizer):
         With gradient accumulation that is the mean over the micro-batches; a second call replaces the first.
         """
         self._given_loss = _number(loss)
+
+    def set_entropy(self, entropy: float | Tensor) -> None:
+        """Give the next step the mean entropy of the model's output (nats), for `layerwise`; as `set_loss`."""
+        self._given_entropy = _number(entropy)
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
@@ -279,6 +303,7 @@ class CruxyOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         given, self._given_loss = self._given_loss, None
+        entropy, self._given_entropy = self._given_entropy, None
         number = _number(loss if loss is not None else result if result is not None else given)
         if self._passes is not None:
             self._passes.finish(number)
@@ -295,27 +320,41 @@ class CruxyOptimizer(Optimizer):
         found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
         by_tensor = self.clip == "tensor"
+        layers = self._layers
         clip = self._histories.of(batches, self._rows, self._state) if by_tensor else self.clip
         parts = [
-            _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
+            _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor or layers is not None), device)
+            for batch in batches
         ]
+        telemetry, value = parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded)
         kernels.control_step(
-            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded),
+            control, telemetry, value,
             law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, clip=clip, backend=self.backend,
         )  # fmt: skip
         if self.mode == "meta3" and (self.param_groups[0]["capturable"] or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None, log=log, backend=self.backend)
-        factors = [None] * len(batches)
+        factors = multipliers = [None] * len(batches)
         if isinstance(clip, kernels.TensorClip):
             factors = clip.factors.split([len(batch.params) for batch in batches])
-        for batch, own in zip(batches, factors, strict=True):
-            batch.update(control, self.backend, own)
+        if layers is not None:
+            self._follow_layers(device)
+            multipliers = layers.step(
+                StepTensors.of(batches), telemetry, control[0, L.SKIP], loss=value, grad_scale=grad_scale,
+                entropy=None if entropy is None else self._on_device(entropy, device, sharded), backend=self.backend,
+            ).split([len(batch.params) for batch in batches])  # fmt: skip
+        for batch, own, multiplier in zip(batches, factors, multipliers, strict=True):
+            batch.update(control, self.backend, own, multiplier)
         return result
 
+    def _follow_layers(self, device: torch.device | None = None) -> None:
+        if self._layers is not None:
+            first = next((p for group in self.param_groups for p in group["params"]), self._rows.values)
+            self._layers.follow(self.param_groups, device or first.device, (self._rows, self._rows.changes))
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in every torch optimizer; a step in the backward pass that no `step()` has ended is broken off."""
+        """As in every torch optimizer; released gradients of a step that no `step()` has ended: it is broken off."""
         if self._passes is not None:
-            self._passes.abandon()
+            self._passes.end(whole=not self._passes.hooked)
         super().zero_grad(set_to_none)
 
     supports_fused_back_pass = True
@@ -324,8 +363,9 @@ class CruxyOptimizer(Optimizer):
     def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
         """Update one tensor from its gradient within the backward pass; OneTrainer calls it so, from a hook.
 
-        The laws see each step's statistics in the next one (docs/full-parameter.md). `step()` ends the step; where
-        nobody calls it, the first tensor that comes again does. The caller frees the gradient. With `clip="global"`
+        The laws see each step's statistics in the next one (docs/full-parameter.md). `step()`, `zero_grad()` and
+        `state_dict()` end the step; where nobody calls them, the first tensor that comes again does. The gradient is
+        freed. With `clip="global"`
         the limit is held against the gradients that have come so far, and the last step's norm.
 
         Args:
@@ -465,10 +505,14 @@ class CruxyOptimizer(Optimizer):
                     "step(loss=loss) to switch it on, or set_loss(loss) where the step is called for you"
                 )
             return None
-        if isinstance(loss, Tensor):
-            value = loss.to(device, torch.float32, non_blocking=True)
+        return self._on_device(loss, device, sharded)
+
+    def _on_device(self, number: float | Tensor, device: torch.device, sharded: bool) -> Tensor:
+        """The mean over all ranks as a 0-dim fp32 tensor."""
+        if isinstance(number, Tensor):
+            value = number.to(device, torch.float32, non_blocking=True)
         else:
-            value = torch.full((), loss, dtype=torch.float32, device=device)
+            value = torch.full((), number, dtype=torch.float32, device=device)
         return distributed.mean_loss(value, self.process_group) if sharded else value
 
     # -- what it did ------------------------------------------------------------------
@@ -482,6 +526,10 @@ class CruxyOptimizer(Optimizer):
         self._rows.follow(self.param_groups)
         rows = self._reader.read(self.control, wait)
         return {**named(rows[0]), "lrs": [rows[row][L.LR_OUT] for row in self._rows.main]}
+
+    def layer_multipliers(self, *, wait: bool = False) -> dict[str, float]:
+        """The last step's multiplier of each layer by name; empty without `layerwise`. `wait`: as for `metrics`."""
+        return {} if self._layers is None else self._layers.multipliers(wait=wait)
 
     def history(self) -> list[dict[str, Any]]:
         """`metrics()` of the last steps of this process (without `lrs`), oldest first."""
@@ -498,14 +546,20 @@ class CruxyOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        return "\n".join(line for line in lines if "control:" not in line and not line.startswith("       "))
+        hidden = ("    control:", f"    {LAYERS}:", "       ")
+        return "\n".join(line for line in lines if not line.startswith(hidden))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit; `checkpoint.py` says in which form."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        if self._passes is not None:
+            self._passes.end()
         self._rows.follow(self.param_groups)
         self._rows.link(self.state, self.mode)
+        self._follow_layers()
+        state_dict = checkpoint.pack(self.param_groups, self.state, self.seed)
+
         state_dict = checkpoint.pack(self.param_groups, self.state, self.seed, self._release)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -524,6 +578,10 @@ class CruxyOptimizer(Optimizer):
             state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, clip=self.clip,
             defaults=self.defaults,
         )  # fmt: skip
+        layers = self._layers
+        carried = None if layers is None or loaded.layers is None else layers.check(loaded.layers)
+        if layers is not None and carried is None:
+            warn("the checkpoint has no layer-wise state; layer-wise control starts afresh")
         self.__setstate__({"state": loaded.state, "param_groups": loaded.groups})
         self._seen = {"state": False}  # all its tensors are copies
         self._plan = None
@@ -534,6 +592,9 @@ class CruxyOptimizer(Optimizer):
             self.seed = self.seed if control is None else int(control[L.SEED])
         self._rows.link(self._state, self.mode)
         self._settings = []
+        if layers is not None:
+            layers.restart(carried)
+            self._follow_layers()
         self._history.begin(self.control[0])
         self._calls = calls(self.control[0])
         self._release = loaded.release

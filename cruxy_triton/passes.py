@@ -42,6 +42,11 @@ class Passes:
     def __init__(
         self, optimizer: Any, scale: float | None, interval: int = law.GROWTH_INTERVAL, *, hooked: bool = False
     ) -> None:
+        if optimizer.layerwise is not None:
+            raise ValueError(
+                f"layerwise={optimizer.layerwise!r} compares the layers' gradients, and an update in the backward pass "
+                "frees them before the last one is there; use layerwise=None, or do without release"
+            )
         self.optimizer, self.hooked = optimizer, hooked
         self.scaled, self.first_scale, self.interval = scale is not None, scale or 1.0, interval
         self.open = False
@@ -151,7 +156,7 @@ class Passes:
     def step_parameter(self, p: Tensor) -> None:
         """Update one tensor, for a trainer's own hook."""
         if self.seen(p):
-            self.finish(None)
+            self.end()
             self.seen(p)
         layer = self._layers.get(p)
         if layer is None:
@@ -221,14 +226,14 @@ class Passes:
         left = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if left:  # of tensors that have no hook
             self.update(Layer("others", left))
-        if self.open:
-            self._close(loss if loss is not None else self.loss, whole=True)
-        self._forget()
+        self.end(loss)
 
-    def abandon(self) -> None:
-        """The step is broken off, as by an error in its backward pass: what has been updated stays so."""
+    def end(self, loss: float | Tensor | None = None, *, whole: bool = True) -> None:
+        """No more tensors come in this step. whole: False where it is broken off, as by an error in backward()."""
         if self.open:
-            self._close(None, whole=False)
+            given, self.optimizer._given_loss = self.optimizer._given_loss, None
+            chosen = next((value for value in (loss, self.loss, given) if value is not None), None)
+            self._close(chosen, whole)
         self._forget()
 
     def _close(self, loss: float | Tensor | None, whole: bool) -> None:

@@ -226,7 +226,7 @@ class Released:
         self._undo.clear()
         _released.discard(self)
         if self._optimizer._passes is self._passes:
-            self._passes.abandon()
+            self._passes.end(whole=False)
             self._optimizer._passes = self._optimizer._release = None
 
 

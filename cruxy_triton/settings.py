@@ -288,6 +288,8 @@ class Settings:
     clip: str = _training(None, "of the gradient: its whole norm, each tensor against its own history, or not at "
                           "all", choices=("global", "tensor", "none"),
                           left_open="global; tensor with --method full and a cruxy optimizer")  # fmt: skip
+    layerwise: str = _training("none", "a step size for each layer by its gradients, or one for all",
+                               choices=("none", "blade", "sketch_align"))  # fmt: skip
     guard: str = _training("act", "what watches the run: keeps it alive, only writes down what it would do, or nothing",
                            choices=("act", "observe", "off"))  # fmt: skip
     batch_size: int = _step(None, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N",
@@ -377,6 +379,11 @@ def check_together(values: Mapping[str, Any]) -> None:
             )
         if values.get("release"):
             _check_release(optimizer, batch, micro)
+            if values.get("layerwise") not in (None, "none"):
+                raise UserError(
+                    f"--layerwise {values['layerwise']} compares the gradients of all layers, which --release frees "
+                    "layer by layer; leave one of them out"
+                )
 
 
 def _check_release(optimizer: str | None, batch: int | None, micro: int | None) -> None:
@@ -435,8 +442,9 @@ def derived(values: Mapping[str, Any]) -> dict[str, Any]:
     full, batch, micro = values["method"] == "full", values.get("batch_size"), values.get("micro_batch_size")
     usual = "cruxy-lion" if full else "cruxy"
     optimizer = values["optimizer"] or usual
-    # Where a step is of several micro-batches, their gradients have to wait for each other.
-    able = full and optimizer.startswith("cruxy") and (None in (batch, micro) or batch == micro)
+    # Where a step is of several micro-batches, or compares the layers, gradients have to wait for each other.
+    alone = (None in (batch, micro) or batch == micro) and values.get("layerwise") in (None, "none")
+    able = full and optimizer.startswith("cruxy") and alone
     release = able if values.get("release") is None else full and values["release"]
     return {
         "optimizer": usual,

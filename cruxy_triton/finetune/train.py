@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
+from cruxy_triton.controllers.attach import Attached, attach_blade, attach_sketch_align
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import full
 from cruxy_triton.finetune.data import Rows
@@ -47,11 +48,12 @@ GUARD_STATE = "guard.pt"  # of a checkpoint
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
     """The parameters that learn; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_larger = ["lora_B" in name or "lora_embedding_B" in name for name, _ in named]
+    # Names only where they say the layers: they stand in checkpoints.
+    given: list[Any] = list(named) if recipe.layerwise != "none" else [p for _, p in named]
     if recipe.loraplus_lr_ratio == 1:
-        return [p for _, p in named]
-    larger = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
-    known = {id(p) for p in larger}
-    others = [p for _, p in named if id(p) not in known]
+        return given
+    larger, others = ([p for p, b in zip(given, is_larger, strict=True) if b is which] for which in (True, False))
     return [{"params": others}, {"params": larger, "lr": recipe.lr * recipe.loraplus_lr_ratio}]
 
 
@@ -68,6 +70,7 @@ def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimiz
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
         clip=None if recipe.clip == "none" else recipe.clip,
+        layerwise=None if recipe.layerwise == "none" else recipe.layerwise,
     )
 
 
@@ -134,7 +137,8 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self.guard: TrainingGuard | None = None  # from `create_optimizer` on
+        self.guard: TrainingGuard | None = None  # from `create_optimizer` on, as the next
+        self.layers: Attached | None = None
         self.released: Released | None = None
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
@@ -192,8 +196,13 @@ class Trainer(SFTTrainer):
         def hand_on(optimizer: Any, *_: Any) -> None:
             if self.step_loss is None:
                 return
+            entropy = _known(self.step_entropy / max(1, self.step_trained))
             if ours:
                 optimizer.set_loss(self.step_loss)
+                if entropy is not None:
+                    optimizer.set_entropy(entropy)
+            elif self.layers is not None:
+                self.layers.observe(self.step_loss, entropy)
             if self.guard is not None:
                 self.guard.observe(self.step_loss, batch=Batch(self.step_ids, self.processing_class))
 
@@ -202,6 +211,9 @@ class Trainer(SFTTrainer):
 
         # In this order: the guard judges, and names, the gradients as they came.
         self.optimizer.register_step_pre_hook(hand_on)
+        if self.recipe.layerwise != "none" and not ours:
+            attach = attach_blade if self.recipe.layerwise == "blade" else attach_sketch_align
+            self.layers = attach(self.optimizer, self.peft_model)
         if self.recipe.releases:
             self.released = release_gradients(self.peft_model, self.optimizer).attach(self)
         self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder, self.released)
@@ -224,6 +236,7 @@ class Trainer(SFTTrainer):
         self.step_loss: torch.Tensor | None = None
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
         self.step_right = 0.0  # labels that the model put first
+        self.step_entropy = 0.0  # of its output, summed over labels (nats)
         self.step_ids: list[torch.Tensor] = []  # of each micro-batch
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -238,7 +251,9 @@ class Trainer(SFTTrainer):
         # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         self.step_trained += trained
-        self.step_right += self._take_accuracy("train") * trained
+        accuracy, entropy = self._take("train")
+        self.step_right += accuracy * trained
+        self.step_entropy += entropy * trained
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,12 +261,12 @@ class Trainer(SFTTrainer):
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
 
-    def _take_accuracy(self, mode: str) -> float:
-        """TRL's accuracy of the last batch: the part of the labels that the model put first."""
-        seen = self._metrics[mode]["mean_token_accuracy"]
-        accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
+    def _take(self, mode: str) -> tuple[float, float]:
+        """TRL's figures of the last batch: the part of the labels that the model put first, its output's entropy."""
+        seen = [self._metrics[mode][name] for name in ("mean_token_accuracy", "entropy")]
+        accuracy, entropy = (values[-1] if values else math.nan for values in seen)  # transformers' own loss has none
         self._metrics[mode].clear()
-        return accuracy
+        return accuracy, entropy
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""
@@ -332,7 +347,7 @@ class Trainer(SFTTrainer):
                 tokens += count
                 sequences += len(batch["labels"])
                 total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
-                right += self._take_accuracy("eval") * count
+                right += self._take("eval")[0] * count
         loss = float(total) / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
@@ -451,6 +466,11 @@ class Telemetry(TrainerCallback):
             metrics = optimizer.metrics()
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
+            multipliers = optimizer.layer_multipliers()
+        else:
+            multipliers = {} if trainer.layers is None else trainer.layers.multipliers()
+        if multipliers:
+            row["multipliers"] = {name.removeprefix("base_model.model."): m for name, m in multipliers.items()}
         if trainer.released is not None:  # the optimizer's own numbers are of the step before
             found = trainer.released.metrics()
             scaled = ["loss_scale"] if trainer.dtype is torch.float16 else []

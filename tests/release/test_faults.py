@@ -21,7 +21,7 @@ def held_out(model):
 
 
 def train(make, run, scale=2.0**10, interval=2000, fault=None, **settings):
-    """(held-out loss, released, optimizer) of a run in float16 with 4-bit momentum; `fault(model, step)` comes first."""
+    """(held-out loss, released, optimizer) of a run: float16, 4-bit momentum; `fault(model, step)` before each step."""
     model = make(torch.float16)
     optimizer = MetaLion(model.parameters(), lr=3e-3, state_bits=4, **{"clip": "tensor", **settings})
     released = release_gradients(model, optimizer, loss_scale=scale, growth_interval=interval)
@@ -65,7 +65,9 @@ def clean():
 
 
 @pytest.mark.parametrize("clip", ["tensor", "global"])
-@pytest.mark.parametrize(("fault", "overflows"), [(overflow, 1), (nan, 3), (spike, 0)], ids=["overflow", "nan", "spike"])
+@pytest.mark.parametrize(
+    ("fault", "overflows"), [(overflow, 1), (nan, 3), (spike, 0)], ids=["overflow", "nan", "spike"]
+)
 def test_a_fault_costs_nothing(make, run, clean, fault, overflows, clip):
     """The run ends finite and within 1 % of the clean one."""
     if clip not in clean:
@@ -95,21 +97,25 @@ def test_what_overflows_is_left_alone(make, run):
         same = [torch.equal(a, b) for a, b in zip(before[name], parts(p), strict=True)]
         hurt = any(name.startswith(layer) for layer in metrics["nonfinite_layers"])
         assert all(same) if hurt else not any(same), name
-    assert metrics["overflows"] == 1 and metrics["loss_scale"] == 2.0**9 and metrics["nonfinite"] > 0
+    assert metrics["overflows"] == 1
+    assert metrics["loss_scale"] == 2.0**9
+    assert metrics["nonfinite"] > 0
     run(model, optimizer, released, 6, 7)
-    assert released.metrics()["nonfinite_layers"] == [] and released.metrics()["overflows"] == 1
+    assert released.metrics()["nonfinite_layers"] == []
+    assert released.metrics()["overflows"] == 1
     assert optimizer.metrics()["skipped_steps"] == 1
 
 
 @pytest.mark.parametrize(("first", "interval"), [(law.MAX_SCALE, 20), (law.MIN_SCALE, 4)], ids=["top", "bottom"])
 def test_the_scale_at_both_ends(make, run, clean, first, interval):
-    """From the top it is halved until gradients are finite; from the bottom it is doubled, and back where they are not."""
+    """From the top it is halved until gradients are finite; from the bottom it is doubled until they are not."""
     if "tensor" not in clean:
         clean["tensor"] = train(make, run)[0]
     loss, released, _ = train(make, run, scale=first, interval=interval)
     assert loss == pytest.approx(clean["tensor"], rel=0.01)
     metrics = released.metrics()
-    assert metrics["overflows"] > 3 and 2**15 <= metrics["loss_scale"] <= 2**21
+    assert metrics["overflows"] > 3
+    assert 2**15 <= metrics["loss_scale"] <= 2**21
 
 
 def test_the_scale_keeps_its_bounds(make, run):
@@ -122,7 +128,8 @@ def test_the_scale_keeps_its_bounds(make, run):
         p.register_hook(lambda g: g * math.nan)
     before = [p.clone() for p in model.parameters()]
     run(model, optimizer, released, 2, 45)
-    assert released.metrics()["loss_scale"] == law.MIN_SCALE and released.metrics()["overflows"] == 43
+    assert released.metrics()["loss_scale"] == law.MIN_SCALE
+    assert released.metrics()["overflows"] == 43
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
@@ -136,7 +143,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(make, run):
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     run(model, optimizer, released, 4, 6)
-    assert optimizer.metrics()["skipped_steps"] == 1 and math.isfinite(optimizer.metrics()["loss"])
+    assert optimizer.metrics()["skipped_steps"] == 1
+    assert math.isfinite(optimizer.metrics()["loss"])
 
 
 SCRIPT = """
@@ -185,4 +193,5 @@ def test_killed_in_a_step_and_resumed(tmp_path: Path):
     assert torch.load(tmp_path / "killed" / "saved", weights_only=True)["step"] == 10
     assert start("killed", -1) == 0
     one, other = (torch.load(tmp_path / name / "end", weights_only=False) for name in ("whole", "killed"))
-    assert all(torch.equal(p, q) for p, q in zip(one[0], other[0], strict=True)) and one[1] == other[1]
+    assert all(torch.equal(p, q) for p, q in zip(one[0], other[0], strict=True))
+    assert one[1] == other[1]

@@ -20,7 +20,9 @@ def released(make):
 def test_accumulation(released):
     model, optimizer, hooks = released
     hooks.scale(model.loss(0)).backward()
-    with pytest.raises(RuntimeError, match=r"embed.weight got a second gradient .* gradient_accumulation_steps=1"):
+    with pytest.raises(
+        RuntimeError, match=r"norm.(weight|bias) got a second gradient .* gradient_accumulation_steps=1"
+    ):
         hooks.scale(model.loss(1)).backward()
     optimizer.zero_grad()  # as a loop does that goes on after an error: the step is broken off
     hooks.scale(model.loss(1)).backward()
@@ -42,7 +44,7 @@ def test_clip_grad_norm(released):
     other = nn.Linear(2, 1)
     other(torch.ones(1, 2)).sum().backward()
     clip_grad_norm_(other.parameters(), 0.5)
-    assert sum(float(p.grad.square().sum()) for p in other.parameters()) == pytest.approx(0.25)
+    assert sum(float(p.grad.square().sum()) for p in other.parameters()) == pytest.approx(0.25, rel=1e-4)
     hooks.remove()
     clip_grad_norm_(model.parameters(), 1.0)
 
@@ -51,7 +53,7 @@ def test_grad_scaler(released):
     model, optimizer, _ = released
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(model.loss(0)).backward()
-    with pytest.raises((RuntimeError, AssertionError), match="GradScaler|No inf checks"):
+    with pytest.raises(RuntimeError, match="a GradScaler cannot serve updates in the backward pass"):
         scaler.step(optimizer)
 
 
@@ -70,7 +72,7 @@ def test_a_scale_that_is_not_used(make):
 
 
 def test_several_processes(released, monkeypatch):
-    model, optimizer, _ = released
+    model, _optimizer, _ = released
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
     with pytest.raises(RuntimeError, match="work in one process: DDP and FSDP"):
@@ -99,13 +101,16 @@ def test_arguments(make):
     with pytest.raises(TypeError, match="optimizer is a AdamW; expected a CruxyOptimizer"):
         release_gradients(model, torch.optim.AdamW(model.parameters()))
     for scale in (0.0, 2.0**25, "yes", float("nan")):
-        with pytest.raises(ValueError, match="loss_scale is .*; expected 'auto', True, False or a number"):
+        with pytest.raises(ValueError, match=r"loss_scale is .*; expected 'auto', True, False or a number"):
             release_gradients(model, optimizer, loss_scale=scale)
     with pytest.raises(ValueError, match="growth_interval is 0; expected a whole number of steps"):
         release_gradients(model, optimizer, growth_interval=0)
-    with pytest.raises(ValueError, match=r"1 parameters that require a gradient are not in the optimizer \(head.weight\)"):
-        other = make(tied=False)
-        release_gradients(other, CruxyOptimizer([p for n, p in other.named_parameters() if n != "head.weight"]))
+    other = make(tied=False)
+    part = CruxyOptimizer([p for n, p in other.named_parameters() if n != "head.weight"])
+    with pytest.raises(
+        ValueError, match=r"1 parameters that require a gradient are not in the optimizer \(head.weight\)"
+    ):
+        release_gradients(other, part)
     released = release_gradients(model, optimizer)
     with pytest.raises(ValueError, match="updated in the backward pass already"):
         release_gradients(model, optimizer)
@@ -115,8 +120,8 @@ def test_arguments(make):
         released.scale(torch.ones(()))
     with pytest.raises(ValueError, match="got 2 numbers"):
         released.scale(torch.ones(2, requires_grad=True))
+    model.embed.weight.grad = torch.zeros_like(model.embed.weight)
     with pytest.raises(RuntimeError, match="release_gradients updates these tensors already"):
-        model.embed.weight.grad = torch.zeros_like(model.embed.weight)
         optimizer.step_parameter(model.embed.weight, optimizer.param_groups[0], 0)
 
 

@@ -1,4 +1,4 @@
-"""`release_gradients`: against whole updates, equations in Python floats, and a count of the gradients that are alive."""
+"""`release_gradients`: against whole updates, equations in Python floats, and a count of gradients that are alive."""
 
 import copy
 import math
@@ -16,6 +16,7 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.backends import native
 from cruxy_kernels.codec import scale_name
 from cruxy_triton import CruxyOptimizer, MetaLion, release_gradients
+from cruxy_triton.controllers.meta import slow_loop
 from cruxy_triton.release import layer_groups
 
 LION4 = {"use_lion": True, "state_bits": 4, "lr": 1e-3}
@@ -50,22 +51,20 @@ def new_state(optimizer, params):
 )
 def test_layer_by_layer_is_all_at_once(make, dtype, settings, tied, reentrant):
     """The bits of parameters, codes and scales after 12 steps: random rounding, tied tables, checkpointing."""
-    if reentrant:
-        pytest.importorskip("torch", minversion="2.6")
     model, other = make(dtype, tied=tied, reentrant=reentrant), make(dtype, tied=tied)
     optimizer = CruxyOptimizer(model.parameters(), clip=None, backend="torch", **settings)
     released = release_gradients(model, optimizer, loss_scale=1024.0)
     params = list(other.parameters())
     state = new_state(optimizer, params)
+    if reentrant:  # the nested graphs want an input that requires a gradient
+        model.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for step in range(12):
-        if reentrant:  # the nested graphs want an input that requires a gradient
-            model.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
         released.scale(model.loss(step)).backward()
         optimizer.step()
         (1024 * other.loss(step)).backward()
         whole_update(optimizer, params, [p.grad for p in params], state, 1 / 1024)
         other.zero_grad()
-    for p, q, i in zip(model.parameters(), params, range(100)):
+    for p, q, i in zip(model.parameters(), params, range(100), strict=False):
         assert torch.equal(p, q)
         for name, tensors in state.items():
             assert torch.equal(optimizer.state[p][name], tensors[i]), name
@@ -141,6 +140,7 @@ def test_it_is_the_law_one_step_late(backend):
         oracle.step(grads, ((2, 3), (0, 1)))
         for i, (p, q) in enumerate(zip(params, oracle.p, strict=True)):
             torch.testing.assert_close(p.detach().double(), q, rtol=1e-5, atol=1e-8)
+            tiny = 1e-5 * float(oracle.m[i].abs().max())
             torch.testing.assert_close(optimizer.state[p]["exp_avg"].double(), oracle.m[i], rtol=1e-4, atol=tiny)
             assert float(optimizer.state[p]["clip"][0]) == pytest.approx(oracle.gamma[i], rel=1e-4)
 
@@ -159,8 +159,6 @@ def test_the_laws_see_what_they_would_see(make, mode):
         sums = kernels.gradient_telemetry(grads, backend="torch")
         kernels.control_step(control, sums, loss, law=mode, clip=None, backend="torch")
         if mode == "meta3" and step % 4 == 3:
-            from cruxy_triton.controllers.meta import slow_loop
-
             slow_loop(control, backend="torch")
         released.scale(loss).backward()
         optimizer.step()
@@ -201,7 +199,8 @@ def test_one_layers_gradients_are_alive(make, run, backend, reentrant):
     assert list(sizes) == ["embed", "layers.0", "layers.1", "layers.2", "norm", "head"]
     run(model, optimizer, released, 0, 3)
     assert max(most) == max(sizes.values()) == sizes["layers.0"]
-    assert not live and all(p.grad is None for p in model.parameters())
+    assert not live
+    assert all(p.grad is None for p in model.parameters())
     most.clear()
     released.remove()
     model.loss(3).backward()
@@ -215,8 +214,10 @@ def test_what_a_layer_is(small_model):
     groups = dict(layer_groups(model))
     assert list(groups) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
     every = [p for params in groups.values() for p in params]
-    assert set(map(id, every)) == {id(p) for p in model.parameters() if p.requires_grad} and len(groups["lm_head"]) == 1
-    assert len(groups["model.layers.0"]) == 9 and len(groups["model.layers.1"]) == 6
+    assert set(map(id, every)) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(groups["lm_head"]) == 1
+    assert len(groups["model.layers.0"]) == 9
+    assert len(groups["model.layers.1"]) == 6
 
     nested = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), nn.Linear(2, 2))
     assert [name for name, _ in layer_groups(nested)] == ["0", "1.0", "1.1", "2"]
@@ -236,7 +237,8 @@ def test_a_tensor_without_a_gradient_and_one_that_joins(make, run):
     assert torch.equal(unused, torch.ones(3))
     late, before = other.head.weight.requires_grad_(True), other.head.weight.clone()
     run(other, optimizer, released, 3, 4)
-    assert not torch.equal(late, before) and late.grad is None
+    assert not torch.equal(late, before)
+    assert late.grad is None
 
 
 @pytest.mark.parametrize("clip", ["global", "tensor", None])
@@ -313,7 +315,8 @@ def test_from_and_to_ordinary_steps(make, run):
     assert all(torch.equal(p, q) and p.grad is not None for p, q in zip(model.parameters(), before, strict=True))
     optimizer.step(loss=1.0)
     metrics = optimizer.metrics()
-    assert metrics["skipped_steps"] == 0 and metrics["step"] == 20
+    assert metrics["skipped_steps"] == 0
+    assert metrics["step"] == 20
     assert optimizer.control[0, L.AGE] == 21
     assert "release" not in optimizer.state_dict()["param_groups"][0]
 
