@@ -23,7 +23,7 @@ def words(tmp_path):
 
 
 def test_a_run_is_that_of_a_plain_loop(words):
-    """torch's AdamW by hand; every other contestant begins at the same loss and ends elsewhere, with its multipliers."""
+    """torch's AdamW by hand; the others begin at the same loss and end elsewhere, with their multipliers."""
     run = layerwise.play(Cell("AdamW", 1e-2, "fp32", 5, words, TINY))
     text = Text(WORDS, TINY)
     torch.manual_seed(5)
@@ -45,7 +45,8 @@ def test_a_run_is_that_of_a_plain_loop(words):
     for other in found.values():
         assert other.curve[0][1] == run.curve[0][1]
         assert other.validation != run.validation
-        assert list(other.multipliers) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+        names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+        assert list(other.multipliers) == names
         assert {len(values) for values in other.multipliers.values()} == {12}
     late = {name: {values[-1] for values in other.multipliers.values()} for name, other in found.items()}
     assert len(late["SKETCH-ALIGN"]) == 1
@@ -117,8 +118,11 @@ def test_as_a_command(command, words):
     assert all(math.isfinite(row["1x"]) and row["30x spread"] == 0 for row in report["rows"])
     assert len(report["runs"]) == 4 == len((command.folder / "runs.jsonl").read_text().splitlines())
     assert (command.folder / "maps.png").read_bytes()[:4] == b"\x89PNG"
-    for words_, message in ((("--contestants", "SGD"), "unknown contestant 'SGD'"), (("--seeds", "4"), "expected 1 to 3"),
-                            (("--peak", "-1"), "--peak is -1.0; expected a rate above 0")):  # fmt: skip
+    for words_, message in (
+        (("--contestants", "SGD"), "unknown contestant 'SGD'"),
+        (("--seeds", "4"), "expected 1 to 3"),
+        (("--peak", "-1"), "--peak is -1.0; expected a rate above 0"),
+    ):
         refused = command("bench", "layerwise", *words_)
         assert refused.returncode == 2
         assert message in refused.stderr

@@ -205,6 +205,14 @@ def test_the_ladder_changes_nothing_that_a_step_computes(batch: int, checkpointi
     assert last.attention == card.attention_kinds[0]
 
 
+def test_released_gradients_keep_their_batch() -> None:
+    start = Recipe("m", "d", "o", method="full", release=True, batch_size=4, micro_batch_size=4, optimizer="cruxy-lion",
+                   gradient_checkpointing=False, max_seq_length=64, attention="sdpa-cpu")  # fmt: skip
+    found = [recipe for recipe, _ in retry.leaner(start, Card.cpu("8GiB"))]
+    assert {(recipe.batch_size, recipe.micro_batch_size) for recipe in found} == {(4, 4)}
+    assert found[0].gradient_checkpointing
+
+
 def test_a_configuration_that_the_planner_finds_too_large_is_passed_over(small_model, monkeypatch) -> None:
     """What is free decides too: a third of the plan's peak is, so that no first halving will do."""
     from transformers import AutoConfig

@@ -60,7 +60,7 @@ def copy_of(model: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
     return target
 
 
-@pytest.mark.parametrize("where", ["held_out", "generate", "save_adapter", "report"])
+@pytest.mark.parametrize("where", ["held_out", "generate", "save", "report"])
 def test_an_interruption_after_the_last_step_adds_no_step(where: str, train, tmp_path: Path, monkeypatch) -> None:
     """Stopped in the final evaluation, the sample, the adapter or the report, and resumed: the uninterrupted run."""
     from cruxy_triton.finetune import report
@@ -70,12 +70,12 @@ def test_an_interruption_after_the_last_step_adds_no_step(where: str, train, tmp
     owner, name = {
         "held_out": (train_module.Trainer, "held_out"),
         "generate": (train_module.Trainer, "generate"),
-        "save_adapter": (report, "save_adapter"),
+        "save": (report, "save"),
         "report": (report, "write"),
     }[where]
     real = getattr(owner, name)
     # The first evaluation and its samples precede training.
-    stops = {"held_out": 2, "generate": len(record(tmp_path / "whole")["samples"]) + 1, "save_adapter": 1, "report": 1}
+    stops = {"held_out": 2, "generate": len(record(tmp_path / "whole")["samples"]) + 1, "save": 1, "report": 1}
     calls = 0
 
     def stop(*args: Any, **kwargs: Any) -> Any:
