@@ -45,6 +45,7 @@ class Setting:
     configures: one of the planner's `Configuration`, that is, it decides memory, or what a plan must hand on.
     only_with: (another setting, values of it) without which this one has no effect.
     also: words that may stand in the place of a number. aliases: further flags.
+    largest: of a pattern, whose numbers are whole then.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Setting:
     only_with: tuple[str, tuple[Any, ...]] | None = None
     also: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    largest: int | None = None
 
     @property
     def expected(self) -> str:
@@ -144,7 +146,7 @@ class Setting:
                 re.compile(name)
                 if not name or not 0 < number < math.inf:
                     raise ValueError
-                if self.maximum is not None and (number > self.maximum or number != int(number)):
+                if self.largest is not None and (number > self.largest or number != int(number)):
                     raise ValueError
         except (ValueError, re.error):
             raise self.refuse(value) from None
@@ -314,7 +316,7 @@ class Settings:
                                      above=0, metavar="N", commands=FINETUNE, configures=False)  # fmt: skip
     use_dora: bool = _lora(False, "learn length and direction of the weights' rows apart (DoRA)")
     rank_pattern: list[str] = _lora(  # noqa: RUF009 (a field with a factory)
-        [], "other ranks for some layers, by peft's patterns, as q_proj=8,v_proj=32", kind="pattern", maximum=4096,
+        [], "other ranks for some layers, by peft's patterns, as q_proj=8,v_proj=32", kind="pattern", largest=4096,
         metavar="NAME=R", left_open="none",
     )  # fmt: skip
     alpha_pattern: list[str] = _lora(  # noqa: RUF009 (a field with a factory)
