@@ -20,16 +20,20 @@ from .backends.dispatch import (
     update_,
 )
 from .backends.dispatch import explain as explain_backend
+from .backends.judge import GradientJudge
 from .backends.prepared import PreparedUpdate
 from .codec import CODECS
 from .laws import layout
 from .laws.clipping import TensorClip
 from .laws.control import control_inputs, new_control
+from .laws.judge import Limits
 from .rules import RULES
 
 __all__ = [
     "CODECS",
     "RULES",
+    "GradientJudge",
+    "Limits",
     "PreparedUpdate",
     "TensorClip",
     "adamw_update_",
