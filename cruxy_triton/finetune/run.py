@@ -1,4 +1,4 @@
-"""One fine-tuning run from a recipe to an adapter: check, plan, load, evaluate, train, evaluate, report.
+"""One fine-tuning run from a recipe to an adapter or a model: check, plan, load, evaluate, train, evaluate, report.
 
 Everything that can refuse the input comes before `RunFolder.begin`, the first thing that writes.
 """
@@ -21,7 +21,7 @@ from cruxy_triton import files
 from cruxy_triton.environment import versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import load, memory, report
+from cruxy_triton.finetune import full, load, memory, report
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
@@ -35,9 +35,9 @@ PATHS = ("model", "data", "eval_data")
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 TEXT_PROMPT_TOKENS = 32
 MIN_APPLIED = 0.1  # of a run's steps; one with fewer has failed
-ENDED = ("finished", "diverged", "stopped")  # with an adapter and a report
-# Of an optimizer's state and the adapter, in float32: how many there may be on the disk at once, in the checkpoints and
-# in the guard's snapshots (those at hand, and those that the last two checkpoints refer to).
+ENDED = ("finished", "diverged", "stopped")  # with a result and a report
+# Of what is trained and the optimizer's state: how many there may be on the disk at once, in the checkpoints and in the
+# guard's snapshots (those at hand, and those that the last two checkpoints refer to).
 COPIES_IN_CHECKPOINTS, COPIES_IN_SNAPSHOTS = KEPT_CHECKPOINTS + 1, 7
 
 
@@ -137,6 +137,8 @@ class _Run:
         recipe, say = self.recipe, self.hooks.say
         self.device = load.device_of(recipe)
         self.dtype = load.dtype_of(recipe, self.device)
+        for note in full.check(recipe, self.dtype):
+            say(note)
         self.config = load.config_of(recipe)
         limit = load.max_length_of(self.config)
         if limit is not None and recipe.max_seq_length is not None and recipe.max_seq_length > limit:
@@ -215,11 +217,14 @@ class _Run:
         for fault in faults:
             say(f"warning: {fault}; going on from the one before")
         attention = load.use_attention(recipe.attention, self.device)
-        base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
+        whole = recipe.method == "full"  # then a checkpoint has all weights
+        base, self.weights = load.model_of(
+            recipe, self.config, self.device, self.dtype, attention, self.checkpoint if whole else None
+        )
         if self.weights.beyond:
             assert self.plan is not None
             say(memory.larger(self.plan, recipe, self.weights.beyond))
-        self.model = load.add_lora(base, recipe)
+        self.model = base.requires_grad_(True) if whole else load.add_lora(base, recipe)
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
         from cruxy_triton.finetune.train import Trainer
 
@@ -227,12 +232,19 @@ class _Run:
             self.model, self.tokenizer, self.rows, recipe, self.folder, self.dtype, packed=self.data.packed
         )
         self.lengths["sequences"] = len(self.trainer.train_dataset)
-        self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in self.parameters)
         self.dtype_name = "nf4" if recipe.load_in_4bit else str(self.dtype).removeprefix("torch.")
         say(
             f"model: {recipe.model}, {self.dtype_name} on {self.device} ({self.weights}); {self.trainable:,} trainable "
-            f"parameters in {sum(p.requires_grad for p in self.model.parameters())} adapter tensors"
+            f"parameters in {len(self.parameters)} {'' if whole else 'adapter '}tensors"
         )
+        if recipe.guard == "act" and not full.keeps_snapshots(recipe, self.parameters):
+            size = full.copy_bytes(recipe, self.parameters)[1]
+            say(
+                f"note: the guard keeps no snapshots of {size / memory.MIB:,.0f} MiB each: it clips, skips, lowers the "
+                "rate and stops, but does not go back; --resume does, to a checkpoint"
+            )
         for note in self.trainer.try_out():
             say(note)
         if self.saved is not None and "before" in self.saved:
@@ -249,9 +261,10 @@ class _Run:
 
     def _begin(self) -> None:
         recipe, folder = self.recipe, self.folder
-        copies = COPIES_IN_CHECKPOINTS + (COPIES_IN_SNAPSHOTS if recipe.guard == "act" else 0)
-        # float32: the adapter, and in each copy adapter and two values of optimizer state
-        folder.begin(4 * self.trainable * (1 + 3 * copies))
+        copies = COPIES_IN_CHECKPOINTS
+        copies += COPIES_IN_SNAPSHOTS if full.keeps_snapshots(recipe, self.parameters) else 0
+        result, copy_bytes = full.copy_bytes(recipe, self.parameters)
+        folder.begin(result + copies * copy_bytes)
         data, device = self.data, self.device
         self.run: dict[str, Any] = self.saved or {
             "status": "running",
@@ -332,14 +345,15 @@ class _Run:
             step = 0 if saved is None else step_of(saved)
             return Result(folder.path, False, step, run["before"], None, [], interruption.number)
         if status == "stopped":
-            raise TrainingFailed(f"{run['stopped']} Adapter and report are in {folder.path}")
+            result = "Model" if self.recipe.method == "full" else "Adapter"
+            raise TrainingFailed(f"{run['stopped']} {result} and report are in {folder.path}")
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]
         return Result(folder.path, True, result["step"], result["before"], result["after"], run["samples"])
 
     def _conclude(self, telemetry: Any) -> str:
-        """Evaluation, adapter and report; returns the run's last status."""
+        """Evaluation, result and report; returns the run's last status."""
         run, folder, trainer = self.run, self.folder, self.trainer
         guard = trainer.guard
         if guard is not None:
@@ -355,9 +369,10 @@ class _Run:
         rows = [row for row in folder.read_metrics() if "seconds" in row]
         skipped = sum(row.get("skipped", 0) for row in rows)
         if status == "finished" and len(rows) - skipped < MIN_APPLIED * len(rows):
+            lower = "--lr" if self.recipe.method == "full" else "--lora-alpha or --lr"
             status, run["stopped"] = "stopped", (
                 f"{skipped} of {len(rows)} steps were skipped, because their loss or gradients were not finite or far "
-                "out, so that next to nothing was learned; lower --lora-alpha or --lr, or give --dtype float32."
+                f"out, so that next to nothing was learned; lower {lower}, or give --dtype float32."
             )
         run["result"] = {
             "step": step,
@@ -377,7 +392,7 @@ class _Run:
                 "events": [event.line() for event in guard.log if event.kind != guard_events.REGIME],
             }
         with files.writing(folder.path):
-            report.save_adapter(self.model, self.tokenizer, folder, run)
+            report.save(self.model, self.tokenizer, folder, run)
             card = memory.card_of(self.recipe, self.device)
             memory.draw(folder.path / report.CHART, self.plan, self.shape, card, run["result"])
             report.write(folder, {**run, "status": status})

@@ -24,13 +24,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
+from cruxy_triton.controllers.attach import Attached, attach_blade, attach_sketch_align
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune import full
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.guard.events import ACTIONS, SKIP
+from cruxy_triton.guard.released import ReleasedGuard
 from cruxy_triton.optimizer import CruxyOptimizer
+from cruxy_triton.release import Released, release_gradients
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -42,18 +46,19 @@ GUARD_STATE = "guard.pt"  # of a checkpoint
 
 
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
-    """The adapters' parameters; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
+    """The parameters that learn; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_larger = ["lora_B" in name or "lora_embedding_B" in name for name, _ in named]
+    # Names only where they say the layers: they stand in checkpoints.
+    given: list[Any] = list(named) if recipe.layerwise != "none" else [p for _, p in named]
     if recipe.loraplus_lr_ratio == 1:
-        return [p for _, p in named]
-    larger = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
-    known = {id(p) for p in larger}
-    others = [p for _, p in named if id(p) not in known]
+        return given
+    larger, others = ([p for p, b in zip(given, is_larger, strict=True) if b is which] for which in (True, False))
     return [{"params": others}, {"params": larger, "lr": recipe.lr * recipe.loraplus_lr_ratio}]
 
 
 def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `parameters` (float32 adapters, or groups of them)."""
+    """The recipe's optimizer over `parameters`, or groups of them."""
     if recipe.optimizer in ("adamw", "sgd"):
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
         return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -65,15 +70,22 @@ def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimiz
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
         clip=None if recipe.clip == "none" else recipe.clip,
+        layerwise=None if recipe.layerwise == "none" else recipe.layerwise,
     )
 
 
 def make_guard(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: RunFolder
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    folder: RunFolder,
+    released: Released | None = None,
 ) -> TrainingGuard | None:
     """The recipe's guard, on the optimizer from now on; None where it is off."""
     if recipe.guard == "off":
         return None
+    learning = [p for p in model.parameters() if p.requires_grad]
+    kept = full.keeps_snapshots(recipe, learning)
     tensors = recipe.clip == "tensor" and not isinstance(optimizer, CruxyOptimizer)
     policy = Policy(
         act=recipe.guard == "act",
@@ -81,9 +93,10 @@ def make_guard(
         tensor_ratio=TENSOR_RATIO if tensors else None,
         snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
     )
-    return TrainingGuard(
-        optimizer, model, policy, events=folder.events, snapshots=folder.snapshots, raise_on_stop=False
-    )
+    settings: Any = {"events": folder.events, "snapshots": folder.snapshots if kept else None, "raise_on_stop": False}
+    if released is not None:
+        return ReleasedGuard(released, optimizer, model, policy, **settings)
+    return TrainingGuard(optimizer, model, policy, **settings)
 
 
 def lr_factor(schedule: str, step: int, warmup: int, total: int) -> float:
@@ -103,8 +116,8 @@ def _known(value: float) -> float | None:
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters; `rows`, to train on and held out, are
-    as `data.fit` makes them."""
+    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters, or one of which every weight learns;
+    `rows`, to train on and held out, are as `data.fit` makes them."""
 
     def __init__(
         self,
@@ -124,7 +137,9 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self.guard: TrainingGuard | None = None  # from `create_optimizer` on
+        self.guard: TrainingGuard | None = None  # from `create_optimizer` on, as the next
+        self.layers: Attached | None = None
+        self.released: Released | None = None
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -141,8 +156,9 @@ class Trainer(SFTTrainer):
             packing_strategy="wrapped",
             gradient_checkpointing=bool(recipe.gradient_checkpointing),
             gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
-            bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16,
+            # Weights that learn in the backward pass are computed with as they are, under a loss scale of their own.
+            bf16=dtype is torch.bfloat16 and not recipe.releases,
+            fp16=dtype is torch.float16 and not recipe.releases,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             max_grad_norm=0.0,  # clipped in the step, by the optimizer or after the guard has seen the gradients
@@ -156,7 +172,8 @@ class Trainer(SFTTrainer):
             seed=recipe.seed,
             data_seed=recipe.seed,
         )
-        adapters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        adapters = {n: p.detach().clone() for n, p in learning.items()} if recipe.method == "lora" else {}
         super().__init__(
             model=model,
             args=args,
@@ -166,7 +183,7 @@ class Trainer(SFTTrainer):
         )
         # TRL turns the adapters of a quantized model into bfloat16, which pre-Ampere cards only emulate.
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in adapters:
                 parameter.data = adapters[name]
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -179,8 +196,13 @@ class Trainer(SFTTrainer):
         def hand_on(optimizer: Any, *_: Any) -> None:
             if self.step_loss is None:
                 return
+            entropy = _known(self.step_entropy / max(1, self.step_trained))
             if ours:
                 optimizer.set_loss(self.step_loss)
+                if entropy is not None:
+                    optimizer.set_entropy(entropy)
+            elif self.layers is not None:
+                self.layers.observe(self.step_loss, entropy)
             if self.guard is not None:
                 self.guard.observe(self.step_loss, batch=Batch(self.step_ids, self.processing_class))
 
@@ -189,7 +211,12 @@ class Trainer(SFTTrainer):
 
         # In this order: the guard judges, and names, the gradients as they came.
         self.optimizer.register_step_pre_hook(hand_on)
-        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder)
+        if self.recipe.layerwise != "none" and not ours:
+            attach = attach_blade if self.recipe.layerwise == "blade" else attach_sketch_align
+            self.layers = attach(self.optimizer, self.peft_model)
+        if self.recipe.releases:
+            self.released = release_gradients(self.peft_model, self.optimizer).attach(self)
+        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder, self.released)
         if self.recipe.clip == "global" and not ours:
             self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
@@ -209,17 +236,24 @@ class Trainer(SFTTrainer):
         self.step_loss: torch.Tensor | None = None
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
         self.step_right = 0.0  # labels that the model put first
+        self.step_entropy = 0.0  # of its output, summed over labels (nats)
         self.step_ids: list[torch.Tensor] = []  # of each micro-batch
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         trained = _label_count(inputs)
         self.step_tokens += int(inputs["attention_mask"].sum())
         self.step_ids.append(inputs["input_ids"])
+        if isinstance(self.guard, ReleasedGuard):
+            self.guard.begin()
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if isinstance(self.guard, ReleasedGuard):
+            self.guard.end()
         # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         self.step_trained += trained
-        self.step_right += self._take_accuracy("train") * trained
+        accuracy, entropy = self._take("train")
+        self.step_right += accuracy * trained
+        self.step_entropy += entropy * trained
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,12 +261,12 @@ class Trainer(SFTTrainer):
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
 
-    def _take_accuracy(self, mode: str) -> float:
-        """TRL's accuracy of the last batch: the part of the labels that the model put first."""
-        seen = self._metrics[mode]["mean_token_accuracy"]
-        accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
+    def _take(self, mode: str) -> tuple[float, float]:
+        """TRL's figures of the last batch: the part of the labels that the model put first, its output's entropy."""
+        seen = [self._metrics[mode][name] for name in ("mean_token_accuracy", "entropy")]
+        accuracy, entropy = (values[-1] if values else math.nan for values in seen)  # transformers' own loss has none
         self._metrics[mode].clear()
-        return accuracy
+        return accuracy, entropy
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""
@@ -241,8 +275,12 @@ class Trainer(SFTTrainer):
         return str(self.folder.checkpoints / ".partial")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Embeddings are never resized, so that peft need not load the base's config again to compare.
-        self.peft_model.save_pretrained(output_dir, save_embedding_layers=False)
+        assert output_dir is not None
+        full.write_weights(self.peft_model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.recipe.method == "lora":  # else the model was loaded from there in the first place
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         partial = Path(self._get_output_dir(trial))
@@ -266,7 +304,7 @@ class Trainer(SFTTrainer):
             self.guard.load_state_dict(torch.load(checkpoint / GUARD_STATE, weights_only=True))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
-        """Takes adapters and step from `checkpoint` if it is that of the last step, after which no step may follow."""
+        """Takes step and result from `checkpoint` if it is that of the last step, after which no step may follow."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
             return False
@@ -309,7 +347,7 @@ class Trainer(SFTTrainer):
                 tokens += count
                 sequences += len(batch["labels"])
                 total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
-                right += self._take_accuracy("eval") * count
+                right += self._take("eval")[0] * count
         loss = float(total) / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
@@ -428,6 +466,16 @@ class Telemetry(TrainerCallback):
             metrics = optimizer.metrics()
             row["lr_used"] = metrics["lr"]
             row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
+            multipliers = optimizer.layer_multipliers()
+        else:
+            multipliers = {} if trainer.layers is None else trainer.layers.multipliers()
+        if multipliers:
+            row["multipliers"] = {name.removeprefix("base_model.model."): m for name, m in multipliers.items()}
+        if trainer.released is not None:  # the optimizer's own numbers are of the step before
+            found = trainer.released.metrics()
+            scaled = ["loss_scale"] if trainer.dtype is torch.float16 else []
+            row |= {name: found[name] for name in ("grad_norm", "max_grad", "nonfinite", *scaled)}
+            row["skipped"] = int(found["nonfinite"] > 0 or not math.isfinite(row["loss"]))
         row |= self._guarded(row)
         row["skipped"] = int(self._was_skipped(row))
         row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))

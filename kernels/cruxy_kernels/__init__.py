@@ -11,6 +11,7 @@ Triton kernels, compiled CPU loops or PyTorch operators; `explain_backend(device
 
 from .backends.dispatch import (
     adamw_update_,
+    blade_step,
     control_step,
     dequantize_blockwise,
     gradient_telemetry,
@@ -24,6 +25,7 @@ from .backends.judge import GradientJudge
 from .backends.prepared import PreparedUpdate
 from .codec import CODECS
 from .laws import layout
+from .laws.blade import BladeState, LayerTensors, new_blade_state
 from .laws.clipping import TensorClip
 from .laws.control import control_inputs, new_control
 from .laws.judge import Limits
@@ -32,11 +34,14 @@ from .rules import RULES
 __all__ = [
     "CODECS",
     "RULES",
+    "BladeState",
     "GradientJudge",
+    "LayerTensors",
     "Limits",
     "PreparedUpdate",
     "TensorClip",
     "adamw_update_",
+    "blade_step",
     "control_inputs",
     "control_step",
     "dequantize_blockwise",
@@ -44,6 +49,7 @@ __all__ = [
     "gradient_telemetry",
     "layout",
     "lion_update_",
+    "new_blade_state",
     "new_control",
     "quantize_blockwise",
     "refresh_outputs",

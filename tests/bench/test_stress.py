@@ -121,7 +121,7 @@ def test_adapters_on_a_chat_model(small_model, questions, tmp_path, monkeypatch)
     assert tame.actions == "no action was needed"
     assert "rollback" in wild.actions
     assert math.isfinite(wild.loss)
-    with pytest.raises(UserError, match="train.jsonl cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"train\.jsonl cannot be read: No such file"):
         adapters.Questions(tmp_path / "elsewhere", adapters.QUICK)
     (tmp_path / adapters.FILES[0]).write_text("{}\n")
     with pytest.raises(UserError, match="is not GSM8K: expected JSON lines with a question and an answer"):

@@ -106,6 +106,21 @@ JUDGE_SCORE = 6
 JUDGE_RATIO = 7  # left for the size of the update, which is known after the step
 JUDGE_HEAD = 8
 
+# -- layer-wise control (BLADE): averages of a layer, shape (layers, 2), and of all layers, shape (3,). 0: none yet ---
+LAYER_NORM = 0  # of the layer's gradient, after unscaling, before clipping
+LAYER_ALIGNMENT = 1  # of 1 + a
+NUM_LAYER = 2
+SHARED_LOSS = 0
+SHARED_ENTROPY = 1
+SHARED_STEPS = 2  # steps that were not skipped
+NUM_SHARED = 3
+# Columns of BLADE's table of tensors: where the address of the gradient stands, its first element's number in its
+# layer, its elements, and the bytes of one. Draws of a refresh: two new samples, and which ones they replace.
+LAYER_CELL, LAYER_START, LAYER_NUMEL, LAYER_WIDTH = 0, 1, 2, 3
+LAYER_COLUMNS = 4
+DRAW_NEW_1, DRAW_NEW_2, DRAW_PLACE_1, DRAW_PLACE_2 = 0, 1, 2, 3
+NUM_DRAWS = 4
+
 # -- the laws ------------------------------------------------------------------
 STABILITY_V1 = 1
 STABILITY_V2 = 2
@@ -157,6 +172,13 @@ TENSOR_CLIP_WARMUP = 30  # norms of a tensor, not steps of the optimizer
 JUDGE_NORMAL = math.sqrt(math.pi / 2)  # standard over mean absolute deviation of a normal distribution
 JUDGE_FLOOR, JUDGE_YOUNG = 0.2, 2.0
 JUDGE_WINSOR = 3.0  # what an accepted value moves a history by at most, in deviations
+# Layer-wise control (values: the BLADE manuscript, which has no public address; docs/laws.md has what it says).
+BLADE_SAMPLES = 16  # sign bits per layer
+BLADE_BETA = 0.98
+BLADE_MIN, BLADE_MAX = 0.3, 1.7
+BLADE_REFRESH = 100  # steps after which two of the samples are replaced
+BLADE_SEED = 13  # indices_seed
+BLADE_SCORE_MAX = 1e18  # keeps products of two scores finite; multipliers end long before
 WARN_SURGE, WARN_SURGE_RATIO = 0.5, 2.5
 WARN_CURVATURE, WARN_CURVATURE_LEVEL = 0.2, 0.1
 WARNING_LEVEL = 0.7
