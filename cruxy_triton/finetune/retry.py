@@ -84,8 +84,9 @@ def leaner(recipe: Recipe, card: Card) -> Iterator[tuple[Recipe, str]]:
         return found, " and ".join(said.values())
 
     assert recipe.micro_batch_size is not None, "the plan decides the micro-batch size first"
-    micro = recipe.micro_batch_size
-    while micro > 1 and not recipe.releases:  # there every micro-batch is a step
+    # With released gradients a micro-batch is a step, and a smaller one would be another.
+    micro = 1 if recipe.releases else recipe.micro_batch_size
+    while micro > 1:
         micro = max(n for n in range(1, micro // 2 + 1) if recipe.batch_size % n == 0)
         yield changes(
             "micro_batch_size", micro,
@@ -121,9 +122,8 @@ def advice(attempt: Attempt) -> str:
     """What is left to whoever ran out of memory."""
     again = " with --resume" if attempt.begun else ""
     if attempt.recipe.method == "full":
-        less = "lower --max-seq-length or --batch-size, or give --method lora,"
+        smaller = "--max-seq-length, --batch-size or --state-bits"
     else:
-        quantized = "" if attempt.recipe.load_in_4bit else ", or give --load-in-4bit,"
-        less = f"lower --max-seq-length or --lora-r{quantized}"
-    found = f"close other programs and start again{again}, or {less} in a new run"
+        smaller = "--max-seq-length or --lora-r" + ("" if attempt.recipe.load_in_4bit else ", or give --load-in-4bit,")
+    found = f"close other programs and start again{again}, or lower {smaller} in a new run"
     return found if attempt.recipe.retry else f"{found}; without --no-retry it goes on in less memory where it can"

@@ -205,12 +205,14 @@ def test_the_ladder_changes_nothing_that_a_step_computes(batch: int, checkpointi
     assert last.attention == card.attention_kinds[0]
 
 
-def test_released_gradients_keep_their_batch() -> None:
-    start = Recipe("m", "d", "o", method="full", release=True, batch_size=4, micro_batch_size=4, optimizer="cruxy-lion",
-                   gradient_checkpointing=False, max_seq_length=64, attention="sdpa-cpu")  # fmt: skip
+def test_a_released_step_is_not_divided() -> None:
+    """With gradients released layer by layer a micro-batch is a step of its own."""
+    full = {"method": "full", "batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": False}
+    start = Recipe(model="m", data="d", output="o", max_seq_length=64, attention="math", **full)
+    assert start.releases
     found = [recipe for recipe, _ in retry.leaner(start, Card.cpu("8GiB"))]
-    assert {(recipe.batch_size, recipe.micro_batch_size) for recipe in found} == {(4, 4)}
-    assert found[0].gradient_checkpointing
+    assert found
+    assert all((r.batch_size, r.micro_batch_size, r.releases) == (4, 4, True) for r in found)
 
 
 def test_a_configuration_that_the_planner_finds_too_large_is_passed_over(small_model, monkeypatch) -> None:
