@@ -5,8 +5,9 @@
         --vary optimizer=cruxy,adamw lr=x0.5,x1,x2 seed=0,1,2 --out runs.jsonl
 
 Any option of `finetune` is taken, or varied by the name that run.json has for it; a rate of x2 is twice the
-optimizer's default, one of auto is searched. Prints medians over the seeds. Each run is a line of the file, and what it holds is not run again.
-Without --model and --data it is the tiny model of the demo, with the docstrings of the other demo: half a minute a run.
+optimizer's default, one of auto is searched. Prints medians over the seeds. Each run is a line of the file, and what
+it holds is not run again. Without --model and --data it is the tiny model of the demo, with the docstrings of the other
+demo: half a minute per run.
 """
 
 import argparse
