@@ -10,7 +10,7 @@ The folder's state is `status` in run.json:
 
     (absent) --begin--> running --> finished, diverged, or stopped by the guard
                         |    ^
-                        v    | --resume
+                        v    | --resume (after `out of memory` also by itself)
                    interrupted, out of memory, failed (or running still, when the process was killed)
 
 A folder belongs to one process at a time (`locked`). `begin` comes when nothing can refuse the input any more;
@@ -152,6 +152,10 @@ class RunFolder:
         for leftover in self.checkpoints.glob(".partial*"):
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoints.checkpoints(self.checkpoints)  # puts back one that a crash left aside
+
+    def go_on(self) -> None:
+        """From now on the run that `begin` began is continued."""
+        self.resuming, self._overwrite = True, False
 
     def finish(self) -> None:
         """Called when the run is finished: removes what only a resumed one needs, and what --overwrite set aside."""

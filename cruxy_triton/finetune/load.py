@@ -16,6 +16,7 @@ import torch
 
 from cruxy_triton.environment import expect_no_hub_in_vain
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune.memory import ran_out
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.settings import resolve_dtype
 
@@ -218,12 +219,12 @@ def model_of(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the weights of {recipe.model} do not fit the memory allowed; try --load-in-4bit or a smaller model "
-            "(`cruxy-triton plan` says what fits)"
-        ) from None
     except Exception as error:
+        if ran_out(error):
+            raise UserError(
+                f"the weights of {recipe.model} do not fit the memory allowed; try --load-in-4bit or a smaller model "
+                "(`cruxy-triton plan` says what fits)"
+            ) from None
         raise UserError(_damaged_file(recipe) or _why_not_loaded(recipe, error)) from error
     model, info = loaded
     _check_loaded(recipe, info)

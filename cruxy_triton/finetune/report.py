@@ -208,7 +208,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             else [f"| tokens put first that were right | {before['accuracy']:.1%} | {after['accuracy']:.1%} |"]
         ),
         "",
-        *(f"- {warning}" for warning in run["warnings"]),
+        *(f"- {warning}" for warning in [*run["warnings"], *run.get("out_of_memory", ())]),
         "",
         "![loss, learning rate, gradient norm and phase by step](plot.png)",
         "",

@@ -21,15 +21,18 @@ from cruxy_triton import files
 from cruxy_triton.environment import versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import full, load, memory, report
+from cruxy_triton.finetune import full, load, memory, report, retry, selftest
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
 from cruxy_triton.guard import events as guard_events
 from cruxy_triton.guard.checkpoints import step_of
 
-# Settings that a resumed run may differ in: they do not change what is computed.
-RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
+# Settings that a resumed run may differ in: they do not change what is computed, the second row but for rounding.
+RESUME_MAY_CHANGE = {
+    "output", "save_steps", "sample_tokens", "retry",
+    "micro_batch_size", "gradient_checkpointing", "chunked_loss", "attention",
+}  # fmt: skip
 PATHS = ("model", "data", "eval_data")
 # How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -98,15 +101,33 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
                 f"this is one of {os.environ[name]} processes ({name} is set), and a run trains on one device; start "
                 "`cruxy-triton finetune` without torchrun, accelerate launch or mpirun"
             )
+    ran_out: list[str] = []
     with folder.locked(hooks.say):
-        return _Run(recipe, folder, hooks).go(record_gradients)
+        while True:
+            try:
+                return _Run(recipe, folder, hooks, ran_out).go(record_gradients)
+            except retry.OutOfMemory as error:
+                retry.release(error)
+                # Of several processes one alone cannot change what all of them compute.
+                several = torch.distributed.is_available() and torch.distributed.is_initialized()
+                able = recipe.retry and not several
+                following = retry.following(error.attempt) if able else None
+                if following is None:
+                    raise TrainingFailed(f"{error}: {retry.advice(error.attempt)}") from error
+                recipe, how = following
+                ran_out.append(f"{error}; {how}")
+                hooks.say(f"warning: {ran_out[-1]}")
+                if error.attempt.begun:
+                    folder.go_on()
 
 
 class _Run:
     """One run; its methods are its stages, in order."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks, ran_out: list[str]) -> None:
+        """`ran_out` has a sentence for each attempt that ran out of memory and is not in run.json yet."""
         self.recipe = recipe
+        self.ran_out = ran_out
         self.folder = folder
         self.hooks = hooks
         self.saved = folder.read_run() if folder.resuming else None
@@ -120,23 +141,22 @@ class _Run:
         self._read()
         try:
             self._load()
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory("before training", error) from error
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            raise self._out_of_memory("before training", error, begun=self.folder.resuming) from error
         self._begin()
         return self._train(record_gradients)
 
-    def _out_of_memory(self, when: str, error: Exception) -> TrainingFailed:
-        return TrainingFailed(
-            f"out of memory {when} (the plan said {memory.summary(self.plan)}): close other programs and start again"
-            f"{' with --resume' if self.folder.run_json.is_file() else ''}, or lower --max-seq-length "
-            f"({str(error).partition('.')[0]})"
-        )
+    def _out_of_memory(self, when: str, error: Exception, *, begun: bool) -> retry.OutOfMemory:
+        attempt = retry.Attempt(self.recipe, self.shape, self.plan, self.device, self.dtype, begun)
+        return retry.OutOfMemory(when, attempt, error)
 
     def _read(self) -> None:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
         recipe, say = self.recipe, self.hooks.say
         self.device = load.device_of(recipe)
-        self.dtype = load.dtype_of(recipe, self.device)
+        self.dtype = selftest.trusted(load.dtype_of(recipe, self.device), self.device, recipe.dtype, say)
         for note in full.check(recipe, self.dtype):
             say(note)
         self.config = load.config_of(recipe)
@@ -222,7 +242,6 @@ class _Run:
             recipe, self.config, self.device, self.dtype, attention, self.checkpoint if whole else None
         )
         if self.weights.beyond:
-            assert self.plan is not None
             say(memory.larger(self.plan, recipe, self.weights.beyond))
         self.model = base.requires_grad_(True) if whole else load.add_lora(base, recipe)
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
@@ -283,11 +302,15 @@ class _Run:
             "weights": {"total": self.weights.total, "quantized": self.weights.quantized},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "dtype": self.dtype_name,
-            "plan": None if self.plan is None else self.plan.to_dict(),
+            "plan": self.plan.to_dict(),
             "versions": versions(),
             "command": sys.argv,
         }
+        if self.ran_out:
+            self.run.setdefault("out_of_memory", []).extend(self.ran_out)
+            self.ran_out.clear()
         if folder.resuming:
+            self.run |= {"recipe": recipe.to_dict(), "plan": self.plan.to_dict()}
             self.run.pop("stopped", None)
             self.run.setdefault("resumed_at_steps", []).append(self._saved_step)
             folder.drop_after(self.checkpoint)
@@ -306,6 +329,7 @@ class _Run:
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     def _train(self, record_gradients: int) -> Result:
+        from cruxy_triton.finetune.paging import watch
         from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
 
         run, folder, trainer = self.run, self.folder, self.trainer
@@ -313,6 +337,8 @@ class _Run:
         telemetry = Telemetry(trainer, self.hooks.progress)
         trainer.add_callback(telemetry)
         trainer.add_callback(interruption)
+        for callback in watch(self.device, self.hooks.say):
+            trainer.add_callback(callback)
         if record_gradients:
             trainer.add_callback(GradientRecorder(trainer, record_gradients))
         status = "failed"
@@ -329,11 +355,14 @@ class _Run:
         except KeyboardInterrupt:
             if interruption.number is None:
                 raise
-        except torch.OutOfMemoryError as error:
-            status = "out of memory"
-            raise self._out_of_memory(f"at step {trainer.state.global_step + 1}", error) from error
         except files.WriteFailed as error:
             raise TrainingFailed(f"{error}; make room and continue with --resume --output {folder.path}") from error
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            status, at = "out of memory", trainer.state.global_step
+            when = f"at step {at + 1}" if at < trainer.state.max_steps or not at else "after training"
+            raise self._out_of_memory(when, error, begun=True) from error
         finally:
             if interruption.number is not None and status == "failed":
                 status = "interrupted"
@@ -416,9 +445,9 @@ class _Run:
             return []
         try:
             return [self.trainer.generate(self._prompt(i), self.recipe.sample_tokens) for i in range(count)]
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if memory.ran_out(error):
+                raise
             first_line = str(error).strip().partition("\n")[0]
             self.hooks.say(f"note: no samples, because generating fails ({type(error).__name__}: {first_line})")
             return []

@@ -29,6 +29,7 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import full
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
+from cruxy_triton.finetune.memory import ran_out
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.guard.events import ACTIONS, SKIP
@@ -399,9 +400,9 @@ class Trainer(SFTTrainer):
                 changed[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, 0] + 1) % 2
                 with self._evaluating():
                     one, other = (self.peft_model(input_ids=i, use_cache=False).logits[0, :-1] for i in (ids, changed))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if ran_out(error):
+                    raise
                 bits = " in 4 bits" if self.recipe.load_in_4bit else ""
                 raise UserError(
                     f"{what} cannot be trained here{bits}: running four tokens through it fails with "

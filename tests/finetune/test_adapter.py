@@ -67,6 +67,48 @@ def test_a_merged_model_answers_as_base_and_adapter_do(architecture: str, traine
     assert torch.allclose(plain(tmp_path / "half"), together, atol=0.05 * float(together.abs().max()))
 
 
+@pytest.mark.slow
+def test_the_real_model_merged_answers_as_base_and_adapter_do(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct under an adapter on every linear layer, in float32 and in the dtype it is kept in."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cruxy_triton.finetune import smollm2
+
+    try:
+        base = smollm2.smollm2()
+    except smollm2.Unavailable as reason:
+        pytest.skip(str(reason))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    asked = [{"role": "user", "content": "What does shutil.rmtree do?"}]
+    ids = AutoTokenizer.from_pretrained(base).apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(**ids).logits[0].float()
+
+    together = logits(adapted)
+    with adapted.disable_adapter():
+        alone = logits(adapted)
+    size = float(together.abs().max())
+    assert (together - alone).abs().max() > 0.1 * size, "the adapter must say something"
+    for dtype, tolerance in (("float32", 1e-5), (None, 1e-2)):
+        output = tmp_path / f"merged-{dtype}"
+        kept = adapter.merge(adapter.find(str(tmp_path / "adapter"), base), output, dtype)
+        assert kept == (dtype or "float16")
+        merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        assert torch.allclose(logits(merged), together, rtol=0, atol=tolerance * size), dtype
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
