@@ -198,7 +198,7 @@ class RunFolder:
         for later in checkpoints.checkpoints(self.checkpoints):
             if checkpoints.step_of(later) > step:
                 shutil.rmtree(later, ignore_errors=True)
-        kept = [r for r in self.read_metrics() if r["step"] <= step and ("eval_loss" not in r or r["step"] == 0)]
+        kept = [row for row in self.read_metrics() if row["step"] <= step and not row.get("final")]
         files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         if checkpoint is None:
             self.events.unlink(missing_ok=True)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from cruxy_triton import files
+from cruxy_triton import files, settings
 from cruxy_triton.environment import versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import full, load, memory, report, retry, selftest
+from cruxy_triton.finetune import full, load, memory, preview, report, retry, selftest
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
@@ -71,11 +71,14 @@ class Hooks:
 
 def resume_recipe(folder: RunFolder, given: dict[str, Any]) -> Recipe:
     """The recipe of the run in `folder`; raises UserError if `given` (settings typed by the user) contradict it."""
-    recipe = Recipe.from_dict(folder.read_run()["recipe"])
+    record = folder.read_run()
+    recipe = Recipe.from_dict(record["recipe"])
     recipe.output = str(folder.path)
     for name, value in given.items():
         if name in RESUME_MAY_CHANGE:
             setattr(recipe, name, value)
+        elif name == "lr" and value == settings.AUTO and "rate_search" in record:
+            continue  # found when the run began
         elif (_absolute(value) if name in PATHS else value) != getattr(recipe, name):
             raise UserError(
                 f"--resume continues a run with {name} = {getattr(recipe, name)!r}, but {value!r} is given now; "
@@ -119,6 +122,20 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
                 hooks.say(f"warning: {ran_out[-1]}")
                 if error.attempt.begun:
                     folder.go_on()
+
+
+def dry_run(recipe: Recipe, folder: RunFolder, hooks: Hooks) -> dict[str, Any]:
+    """What `recipe` would do: plan, statistics and the first sequences; nothing is loaded or written.
+
+    Raises UserError for what `finetune` would refuse before it loads the model.
+    """
+    run = _Run(recipe, folder, hooks, [])
+    run._read()
+    return preview.of(run.rows, run.tokens, recipe, run.tokenizer, packed=run.data.packed) | {
+        "plan": run.plan.to_dict(),
+        "recipe": recipe.to_dict(),
+        "warnings": [str(loss) for loss in run.data.losses],
+    }
 
 
 class _Run:
@@ -277,13 +294,25 @@ class _Run:
                 f"numbers, or overflow in {self.dtype_name}; try {wider}"
             )
         self.samples = self._samples()
+        self.rate_search = self._find_rate() if recipe.lr == settings.AUTO else None
+
+    def _find_rate(self) -> dict[str, Any]:
+        from cruxy_triton.finetune import rate
+
+        found = rate.search(
+            self.model, self.tokenizer, self.rows[0], self.recipe, self.dtype, packed=self.data.packed,
+            sequences=self.lengths["sequences"], say=self.hooks.say,
+        )  # fmt: skip
+        self.recipe.lr = found["lr"]
+        return found
 
     def _begin(self) -> None:
         recipe, folder = self.recipe, self.folder
         copies = COPIES_IN_CHECKPOINTS
         copies += COPIES_IN_SNAPSHOTS if full.keeps_snapshots(recipe, self.parameters) else 0
+        best = COPIES_IN_CHECKPOINTS + 1 if self.trainer.best.keeps else 0
         result, copy_bytes = full.copy_bytes(recipe, self.parameters)
-        folder.begin(result + copies * copy_bytes)
+        folder.begin((1 + best) * result + copies * copy_bytes)
         data, device = self.data, self.device
         self.run: dict[str, Any] = self.saved or {
             "status": "running",
@@ -319,6 +348,8 @@ class _Run:
             self.hooks.say(f"the earlier run is kept in {folder.previous} until this one is finished")
         if "before" not in self.run:
             self.run |= {"before": self.before, "samples": self.samples}
+            if self.rate_search is not None:
+                self.run["rate_search"] = self.rate_search
         folder.write_run(self.run, "running")
         if recipe.guard != "off":
             with files.writing(folder.events):
@@ -329,13 +360,16 @@ class _Run:
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     def _train(self, record_gradients: int) -> Result:
+        from cruxy_triton.finetune.best import Evaluation
         from cruxy_triton.finetune.paging import watch
         from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
 
         run, folder, trainer = self.run, self.folder, self.trainer
         interruption = Interruption(self.hooks.say)
         telemetry = Telemetry(trainer, self.hooks.progress)
+        evaluation = Evaluation(trainer, telemetry, self.hooks.say)
         trainer.add_callback(telemetry)
+        trainer.add_callback(evaluation)
         trainer.add_callback(interruption)
         for callback in watch(self.device, self.hooks.say):
             trainer.add_callback(callback)
@@ -351,7 +385,7 @@ class _Run:
                         trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
                 interruption.training = False
                 if interruption.number is None:
-                    status = self._conclude(telemetry)
+                    status = self._conclude(evaluation)
         except KeyboardInterrupt:
             if interruption.number is None:
                 raise
@@ -381,15 +415,14 @@ class _Run:
         result = run["result"]
         return Result(folder.path, True, result["step"], result["before"], result["after"], run["samples"])
 
-    def _conclude(self, telemetry: Any) -> str:
+    def _conclude(self, evaluation: Any) -> str:
         """Evaluation, result and report; returns the run's last status."""
         run, folder, trainer = self.run, self.folder, self.trainer
         guard = trainer.guard
         if guard is not None:
             self.hooks.say(guard.finish())
-        after = trainer.held_out()
         step = trainer.state.global_step
-        telemetry.write({"step": step, "eval_loss": after["loss"]})
+        after = evaluation.conclude(step)
         answers = self._answers(len(run["samples"]))
         run["samples"] = [{**sample, "after": text} for sample, text in zip(run["samples"], answers, strict=False)]
         status = "finished" if math.isfinite(after["loss"]) else "diverged"
@@ -412,6 +445,8 @@ class _Run:
             "tokens": sum(row["tokens"] for row in rows),
             **memory.measured(self.device),
         }
+        if trainer.best.count:
+            run["result"]["best"] = trainer.best.record()
         if guard is not None:
             run["result"]["guard"] = {
                 "mode": self.recipe.guard,
@@ -427,6 +462,7 @@ class _Run:
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)
         if status == "finished":
+            trainer.best.clear()
             folder.finish()
         return status
 

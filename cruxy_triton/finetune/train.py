@@ -27,6 +27,7 @@ from cruxy_triton import files
 from cruxy_triton.controllers.attach import Attached, attach_blade, attach_sketch_align
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import full
+from cruxy_triton.finetune.best import Best
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.memory import ran_out
@@ -141,6 +142,7 @@ class Trainer(SFTTrainer):
         self.guard: TrainingGuard | None = None  # from `create_optimizer` on, as the next
         self.layers: Attached | None = None
         self.released: Released | None = None
+        self.best = Best(recipe, folder.path)
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -291,6 +293,7 @@ class Trainer(SFTTrainer):
                 written = partial / f"checkpoint-{self.state.global_step}"
                 if self.guard is not None:
                     torch.save(self.guard.state_dict(), written / GUARD_STATE)
+                self.best.save(written)
                 self.folder.keep_checkpoint(written)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -299,6 +302,7 @@ class Trainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_guard(Path(checkpoint))
+            self.best.load(Path(checkpoint))
 
     def _load_guard(self, checkpoint: Path) -> None:
         if self.guard is not None:
@@ -307,7 +311,8 @@ class Trainer(SFTTrainer):
     def restore_if_trained(self, checkpoint: Path) -> bool:
         """Takes step and result from `checkpoint` if it is that of the last step, after which no step may follow."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        self.best.load(checkpoint)
+        if state.global_step < state.max_steps and not self.best.stopped:
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.create_optimizer()
