@@ -47,7 +47,7 @@ KERNEL_FLOORS = [
     {f"cruxy_kernels.{name}" for name in ("codec", "rounding", "laws", "rules")},
     {"cruxy_kernels.update", "cruxy_kernels.backends"},
     {"cruxy_kernels.backends.dispatch"},
-    {"cruxy_kernels.backends.prepared"},
+    {"cruxy_kernels.backends.judge", "cruxy_kernels.backends.prepared"},
     {"cruxy_kernels.inspect", "cruxy_kernels"},
 ]
 # The front door: it imports every room when somebody asks for a name, and offers its version to all of them.
