@@ -242,8 +242,8 @@ ELSEWHERE = {
     "book.txt", "config.json", "llama.cpp", "plan.json", "plot.png", "report.md", "run.json",
 }  # fmt: skip
 OTHER_PROJECTS = (
-    "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "llama.cpp/", "lomo_optim/", "modules/trainer/", "recipes/",
-    "torch/", "trl/",
+    "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "llama.cpp/", "lomo_optim/", "modules/trainer/",
+    "recipes/", "torch/", "trl/",
 )  # fmt: skip
 CITED = re.compile(r"(?<![\w/.:*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|cpp|toml|json|svg|png|txt))(?![\w/*])")
 
