@@ -286,6 +286,8 @@ class Settings:
     seed: int = _training(0, "of the adapters, the order of the data and dropout", minimum=0, maximum=2**32 - 1,
                           metavar="N")  # fmt: skip
     save_steps: int = _training(50, "steps between checkpoints", minimum=1, metavar="N")
+    report_to: str = _training("none", "where the rows of metrics.jsonl go as well",
+                               choices=("none", "tensorboard", "wandb", "trackio"))  # fmt: skip
     samples: int = _training(5, "held-out prompts that the report answers, before and after", minimum=0, metavar="N")
     sample_tokens: int = _training(48, "length of such an answer; 0 for none", minimum=0, metavar="N")
 

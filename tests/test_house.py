@@ -34,6 +34,7 @@ FLOORS = [
         "cruxy_triton.optimizer",
     },
     {"cruxy_triton.guard"},
+    {"cruxy_triton.integrations"},
     {"cruxy_triton.planner"},
     {"cruxy_triton.page"},
     {"cruxy_triton.finetune"},

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cruxy_triton import files
-from cruxy_triton.environment import versions
+from cruxy_triton.environment import require_reporter, versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
 from cruxy_triton.finetune import load, memory, report
@@ -29,7 +29,7 @@ from cruxy_triton.guard import events as guard_events
 from cruxy_triton.guard.checkpoints import step_of
 
 # Settings that a resumed run may differ in: they do not change what is computed.
-RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens"}
+RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens", "report_to"}
 PATHS = ("model", "data", "eval_data")
 # How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -135,6 +135,7 @@ class _Run:
     def _read(self) -> None:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
         recipe, say = self.recipe, self.hooks.say
+        require_reporter(recipe.report_to)
         self.device = load.device_of(recipe)
         self.dtype = load.dtype_of(recipe, self.device)
         self.config = load.config_of(recipe)

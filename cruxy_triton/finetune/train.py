@@ -1,8 +1,8 @@
 """Training with TRL's SFTTrainer and our optimizer: what the trainer lacks for a run that can be trusted.
 
-The loss reaches the optimizer as a device tensor through a step hook; adapters stay float32; a checkpoint
-appears whole or not at all; Ctrl-C saves first; a guard watches each step; the held-out loss is weighted by tokens
-and is that of the language model alone, without a router's auxiliary loss.
+Loss and guard are `CruxyCallback`'s, as in every other Trainer. Adapters stay float32; a checkpoint appears whole or
+not at all; Ctrl-C saves first; the held-out loss is weighted by tokens and is that of the language model alone, without
+a router's auxiliary loss.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -29,7 +30,8 @@ from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
-from cruxy_triton.guard.events import ACTIONS, SKIP
+from cruxy_triton.guard.events import SKIP
+from cruxy_triton.integrations.transformers import CruxyCallback
 from cruxy_triton.optimizer import CruxyOptimizer
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
@@ -38,7 +40,6 @@ CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e
 
 MAX_NORM = 1.0  # torch's optimizers under --clip global
 TENSOR_RATIO = 1.05  # and under --clip tensor: AdaGC's multiple of a tensor's own history (arXiv 2502.11034)
-GUARD_STATE = "guard.pt"  # of a checkpoint
 
 
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
@@ -68,21 +69,15 @@ def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimiz
     )
 
 
-def make_guard(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: RunFolder
-) -> TrainingGuard | None:
-    """The recipe's guard, on the optimizer from now on; None where it is off."""
+def policy_of(recipe: Recipe) -> Policy | None:
+    """What the recipe's guard may do; None where it is off."""
     if recipe.guard == "off":
         return None
-    tensors = recipe.clip == "tensor" and not isinstance(optimizer, CruxyOptimizer)
-    policy = Policy(
+    return Policy(
         act=recipe.guard == "act",
         clip=recipe.clip != "none",
-        tensor_ratio=TENSOR_RATIO if tensors else None,
+        tensor_ratio=TENSOR_RATIO if recipe.clip == "tensor" and recipe.optimizer in ("adamw", "sgd") else None,
         snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
-    )
-    return TrainingGuard(
-        optimizer, model, policy, events=folder.events, snapshots=folder.snapshots, raise_on_stop=False
     )
 
 
@@ -124,7 +119,6 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self.guard: TrainingGuard | None = None  # from `create_optimizer` on
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -151,7 +145,8 @@ class Trainer(SFTTrainer):
             save_only_model=False,
             eval_strategy="no",  # evaluated here, by tokens
             logging_strategy="no",  # logged here, with the controller's values
-            report_to="none",
+            report_to=recipe.report_to,
+            run_name=folder.path.name,
             disable_tqdm=True,
             seed=recipe.seed,
             data_seed=recipe.seed,
@@ -170,27 +165,32 @@ class Trainer(SFTTrainer):
                 parameter.data = adapters[name]
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(folder.path / "tensorboard")
+        self.cruxy = CruxyCallback(
+            policy_of(recipe),
+            events=folder.events,
+            snapshots=folder.snapshots,
+            label=lambda step: Batch(self.step_ids, self.processing_class),
+            settle=True,  # the host waits for each step's loss, to write it down
+        ).attach(self)
+
+    @property
+    def guard(self) -> TrainingGuard | None:
+        """From `create_optimizer` on."""
+        return self.cruxy.guard
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameter_groups(self.recipe, self.peft_model))
-        ours = isinstance(self.optimizer, CruxyOptimizer)
-
-        def hand_on(optimizer: Any, *_: Any) -> None:
-            if self.step_loss is None:
-                return
-            if ours:
-                optimizer.set_loss(self.step_loss)
-            if self.guard is not None:
-                self.guard.observe(self.step_loss, batch=Batch(self.step_ids, self.processing_class))
 
         def clip(*_: Any) -> None:
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
 
         # In this order: the guard judges, and names, the gradients as they came.
-        self.optimizer.register_step_pre_hook(hand_on)
-        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder)
-        if self.recipe.clip == "global" and not ours:
+        self.cruxy.watch(self.optimizer, self.peft_model)
+        if self.recipe.clip == "global" and not isinstance(self.optimizer, CruxyOptimizer):
             self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
 
@@ -206,7 +206,6 @@ class Trainer(SFTTrainer):
         return self.lr_scheduler
 
     def _start_step(self) -> None:
-        self.step_loss: torch.Tensor | None = None
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
         self.step_right = 0.0  # labels that the model put first
         self.step_ids: list[torch.Tensor] = []  # of each micro-batch
@@ -216,8 +215,6 @@ class Trainer(SFTTrainer):
         self.step_tokens += int(inputs["attention_mask"].sum())
         self.step_ids.append(inputs["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
-        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         self.step_trained += trained
         self.step_right += self._take_accuracy("train") * trained
         return loss
@@ -250,8 +247,7 @@ class Trainer(SFTTrainer):
             try:
                 super()._save_checkpoint(model, trial)
                 written = partial / f"checkpoint-{self.state.global_step}"
-                if self.guard is not None:
-                    torch.save(self.guard.state_dict(), written / GUARD_STATE)
+                self.cruxy.save(written)
                 self.folder.keep_checkpoint(written)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -259,11 +255,7 @@ class Trainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_guard(Path(checkpoint))
-
-    def _load_guard(self, checkpoint: Path) -> None:
-        if self.guard is not None:
-            self.guard.load_state_dict(torch.load(checkpoint / GUARD_STATE, weights_only=True))
+            self.cruxy.load(Path(checkpoint))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
         """Takes adapters and step from `checkpoint` if it is that of the last step, after which no step may follow."""
@@ -272,7 +264,7 @@ class Trainer(SFTTrainer):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.create_optimizer()
-        self._load_guard(checkpoint)
+        self.cruxy.load(checkpoint)
         self.state = state
         return True
 
@@ -402,7 +394,6 @@ class Telemetry(TrainerCallback):
         self.trainer = trainer
         self.show = show
         self.last = time.perf_counter()
-        self.lr = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         # json has no NaN or infinity; null says that there was no finite value
@@ -410,25 +401,19 @@ class Telemetry(TrainerCallback):
         path = self.trainer.folder.metrics
         with files.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.trainer.args.report_to:
+            self.trainer.log({k: v for k, v in row.items() if isinstance(v, (int, float, str)) and k != "step"})
+            self.trainer.state.log_history.clear()  # metrics.jsonl has them, and the checkpoints need not
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.optimizer is not None
-        self.lr = float(self.trainer.optimizer.param_groups[0]["lr"])  # the scheduler moves on before on_step_end
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        assert trainer.step_loss is not None
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        trainer, cruxy = self.trainer, self.trainer.cruxy
+        assert cruxy.loss is not None
         now = time.perf_counter()
-        row: dict[str, Any] = {"step": state.global_step, "loss": float(trainer.step_loss), "lr": self.lr}
-        if isinstance(optimizer, CruxyOptimizer):
-            metrics = optimizer.metrics()
-            row["lr_used"] = metrics["lr"]
-            row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
-        row |= self._guarded(row)
+        row: dict[str, Any] = {"step": state.global_step, "loss": float(cruxy.loss), "lr": float(cruxy.lr)}
+        row |= cruxy.numbers(state.global_step)
         row["skipped"] = int(self._was_skipped(row))
         row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
         row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
@@ -447,27 +432,6 @@ class Telemetry(TrainerCallback):
         guard = self.trainer.guard
         by_guard = guard is not None and guard.policy.act and SKIP in row.get("actions", ())
         return bool(self.trainer.accelerator.optimizer_step_was_skipped or row.get("skipped") or by_guard)
-
-    def _guarded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What the guard saw in this step and did. The host has just waited for the step's loss: this waits no more."""
-        guard = self.trainer.guard
-        if guard is None:
-            return {}
-        found: dict[str, Any] = {}
-        if "lr_used" not in row and guard.lr_factor != 1:
-            found["lr_used"] = row["lr"] * guard.lr_factor
-        known = len(guard.log)
-        if self.trainer.accelerator.optimizer_step_was_skipped:
-            guard.overflowed()
-        guard.settle()
-        metrics = guard.metrics
-        if metrics["step"] == row["step"]:
-            new = [name for name in ("grad_norm", "update_ratio") if name in metrics and name not in row]
-            found |= {name: metrics[name] for name in new}
-        found["regime"] = guard.regime.value
-        if actions := [event.kind for event in guard.log.events[known:] if event.kind in ACTIONS]:
-            found["actions"] = actions
-        return found
 
 
 class GradientRecorder(TrainerCallback):
