@@ -21,7 +21,7 @@ from cruxy_triton import files
 from cruxy_triton.environment import require_reporter, versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import load, memory, report
+from cruxy_triton.finetune import load, memory, processes, report
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
@@ -31,8 +31,6 @@ from cruxy_triton.guard.checkpoints import step_of
 # Settings that a resumed run may differ in: they do not change what is computed.
 RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens", "report_to"}
 PATHS = ("model", "data", "eval_data")
-# How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
-PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 TEXT_PROMPT_TOKENS = 32
 MIN_APPLIED = 0.1  # of a run's steps; one with fewer has failed
 ENDED = ("finished", "diverged", "stopped")  # with an adapter and a report
@@ -92,21 +90,28 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     Raises UserError for input that cannot be used, before anything is written, and TrainingFailed when
     training itself breaks; checkpoints and metrics up to then are kept.
     """
-    for name in PROCESS_COUNTS:
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"this is one of {os.environ[name]} processes ({name} is set), and a run trains on one device; start "
-                "`cruxy-triton finetune` without torchrun, accelerate launch or mpirun"
-            )
-    with folder.locked(hooks.say):
-        return _Run(recipe, folder, hooks).go(record_gradients)
+    with contextlib.ExitStack() as stack:
+        together = processes.start(recipe.device)
+        if not together.first:
+            hooks = Hooks()
+        with together.together():
+            if together.first:
+                stack.enter_context(folder.locked(hooks.say))
+            run = _Run(recipe, folder, hooks, together)
+        try:
+            return run.go(record_gradients if together.first else 0)
+        except RuntimeError as error:
+            if not processes.lost(error):
+                raise
+            raise TrainingFailed("another process of this run has ended; its own message says why") from error
 
 
 class _Run:
     """One run; its methods are its stages, in order."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks, together: processes.Processes) -> None:
         self.recipe = recipe
+        self.processes = together
         self.folder = folder
         self.hooks = hooks
         self.saved = folder.read_run() if folder.resuming else None
@@ -117,12 +122,20 @@ class _Run:
         recipe.data, recipe.eval_data = str(_absolute(recipe.data)), _absolute(recipe.eval_data)
 
     def go(self, record_gradients: int) -> Result:
-        self._read()
+        with self.processes.together():
+            self.device = load.device_of(self.recipe)
+            card = memory.card_of(self.recipe, self.device, self.processes.local)
+        self.card = min(self.processes.gather(card), key=lambda each: each.usable_bytes())
+        with self.processes.together():
+            self._read()
         try:
             self._load()
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("before training", error) from error
-        self._begin()
+        self.run = self.processes.from_first(self._begin)
+        with self.processes.together():
+            if not self.folder.run_json.is_file():
+                raise UserError(f"{self.folder.path} is not on storage that all machines of this run share")
         return self._train(record_gradients)
 
     def _out_of_memory(self, when: str, error: Exception) -> TrainingFailed:
@@ -136,7 +149,12 @@ class _Run:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
         recipe, say = self.recipe, self.hooks.say
         require_reporter(recipe.report_to)
-        self.device = load.device_of(recipe)
+        part, rest = divmod(recipe.batch_size, self.processes.count)
+        if rest or part % (recipe.micro_batch_size or 1):
+            raise UserError(
+                f"--batch-size {recipe.batch_size} cannot be divided among {self.processes.count} processes in "
+                f"micro-batches of {recipe.micro_batch_size or 1}; give a multiple of their product"
+            )
         self.dtype = load.dtype_of(recipe, self.device)
         self.config = load.config_of(recipe)
         limit = load.max_length_of(self.config)
@@ -176,9 +194,13 @@ class _Run:
         shape = copy.deepcopy(self.config)
         shape.__dict__.pop("quantization_config", None)
         self.shape = shape
-        self.plan = memory.make_plan(recipe, shape, self.device, self.dtype, limit or needed, needed)
+        self.plan = memory.make_plan(
+            recipe, shape, self.device, self.dtype, limit or needed, needed, self.card, self.processes.count
+        )
         for line in memory.describe(self.plan, recipe):
             say(line)
+        if self.processes.count > 1:
+            say(f"  on each of {self.processes.count} devices, of every step's sequences {part}")
         if recipe.vram_bytes is not None and self.device.type == "cpu":
             say("note: the budget is planned with; on a CPU nothing keeps the process to it")
         self._fit(limit)
@@ -212,30 +234,30 @@ class _Run:
     def _load(self) -> None:
         """The model, tried out and evaluated; what of an earlier part of the run is whole."""
         recipe, say = self.recipe, self.hooks.say
-        self.checkpoint, faults = self.folder.intact_checkpoint() if self.folder.resuming else (None, [])
+        self.checkpoint, faults = None, []
+        if self.folder.resuming:
+            self.checkpoint, faults = self.processes.from_first(self.folder.intact_checkpoint)
         for fault in faults:
             say(f"warning: {fault}; going on from the one before")
-        attention = load.use_attention(recipe.attention, self.device)
-        base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
-        if self.weights.beyond:
-            assert self.plan is not None
-            say(memory.larger(self.plan, recipe, self.weights.beyond))
-        self.model = load.add_lora(base, recipe)
+        with self.processes.together():
+            self._load_model()
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
         from cruxy_triton.finetune.train import Trainer
 
         self.trainer: Any = Trainer(
-            self.model, self.tokenizer, self.rows, recipe, self.folder, self.dtype, packed=self.data.packed
-        )
-        self.lengths["sequences"] = len(self.trainer.train_dataset)
+            self.model, self.tokenizer, self.rows, recipe, self.folder, self.dtype, packed=self.data.packed,
+            processes=self.processes,
+        )  # fmt: skip
+        self.lengths["sequences"] = self.trainer.sequences
         self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.dtype_name = "nf4" if recipe.load_in_4bit else str(self.dtype).removeprefix("torch.")
         say(
             f"model: {recipe.model}, {self.dtype_name} on {self.device} ({self.weights}); {self.trainable:,} trainable "
             f"parameters in {sum(p.requires_grad for p in self.model.parameters())} adapter tensors"
         )
-        for note in self.trainer.try_out():
-            say(note)
+        with self.processes.together():
+            for note in self.trainer.try_out():
+                say(note)
         if self.saved is not None and "before" in self.saved:
             return
         say(f"evaluating on {len(self.trainer.eval_dataset)} held-out sequences before training")
@@ -248,7 +270,17 @@ class _Run:
             )
         self.samples = self._samples()
 
-    def _begin(self) -> None:
+    def _load_model(self) -> None:
+        recipe = self.recipe
+        attention = load.use_attention(recipe.attention, self.device)
+        base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
+        if self.weights.beyond:
+            assert self.plan is not None
+            self.hooks.say(memory.larger(self.plan, recipe, self.weights.beyond))
+        self.model = load.add_lora(base, recipe)
+
+    def _begin(self) -> dict[str, Any]:
+        """The first process makes the folder; what the run is, for all of them."""
         recipe, folder = self.recipe, self.folder
         copies = COPIES_IN_CHECKPOINTS + (COPIES_IN_SNAPSHOTS if recipe.guard == "act" else 0)
         # float32: the adapter, and in each copy adapter and two values of optimizer state
@@ -271,6 +303,7 @@ class _Run:
             "weights": {"total": self.weights.total, "quantized": self.weights.quantized},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "dtype": self.dtype_name,
+            "processes": self.processes.count,
             "plan": None if self.plan is None else self.plan.to_dict(),
             "versions": versions(),
             "command": sys.argv,
@@ -288,6 +321,7 @@ class _Run:
         if recipe.guard != "off":
             with files.writing(folder.events):
                 folder.events.touch()
+        return self.run
 
     @property
     def _saved_step(self) -> int:
@@ -297,7 +331,7 @@ class _Run:
         from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
 
         run, folder, trainer = self.run, self.folder, self.trainer
-        interruption = Interruption(self.hooks.say)
+        interruption = Interruption(self.hooks.say, self.processes)
         telemetry = Telemetry(trainer, self.hooks.progress)
         trainer.add_callback(telemetry)
         trainer.add_callback(interruption)
@@ -325,7 +359,7 @@ class _Run:
         finally:
             if interruption.number is not None and status == "failed":
                 status = "interrupted"
-            if status not in ENDED:
+            if status not in ENDED and self.processes.first:
                 with contextlib.suppress(files.WriteFailed):  # the disk may be full
                     folder.write_run(run, status)
         if interruption.number is not None and status == "interrupted":
@@ -349,6 +383,9 @@ class _Run:
         step = trainer.state.global_step
         telemetry.write({"step": step, "eval_loss": after["loss"]})
         answers = self._answers(len(run["samples"]))
+        if not self.processes.first:
+            run |= self.processes.from_first(dict)
+            return run["status"]
         run["samples"] = [{**sample, "after": text} for sample, text in zip(run["samples"], answers, strict=False)]
         status = "finished" if math.isfinite(after["loss"]) else "diverged"
         if guard is not None and guard.stopped is not None:
@@ -379,12 +416,12 @@ class _Run:
             }
         with files.writing(folder.path):
             report.save_adapter(self.model, self.tokenizer, folder, run)
-            card = memory.card_of(self.recipe, self.device)
-            memory.draw(folder.path / report.CHART, self.plan, self.shape, card, run["result"])
+            memory.draw(folder.path / report.CHART, self.plan, self.shape, self.card, run["result"])
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)
         if status == "finished":
             folder.finish()
+        self.processes.from_first(lambda: run)
         return status
 
     def _prompt(self, index: int) -> list[int]:

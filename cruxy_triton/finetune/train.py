@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cruxy_triton import files
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
+from cruxy_triton.finetune.processes import Processes
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.guard.events import SKIP
@@ -69,7 +70,7 @@ def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimiz
     )
 
 
-def policy_of(recipe: Recipe) -> Policy | None:
+def policy_of(recipe: Recipe, processes: Processes) -> Policy | None:
     """What the recipe's guard may do; None where it is off."""
     if recipe.guard == "off":
         return None
@@ -77,7 +78,9 @@ def policy_of(recipe: Recipe) -> Policy | None:
         act=recipe.guard == "act",
         clip=recipe.clip != "none",
         tensor_ratio=TENSOR_RATIO if recipe.clip == "tensor" and recipe.optimizer in ("adamw", "sgd") else None,
-        snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
+        # All on disk: a resumed run finds them again, and the plan's memory stays the run's. Of several processes each
+        # keeps its own in host memory.
+        snapshot_max_bytes=0 if processes.count == 1 else Policy().snapshot_max_bytes,
     )
 
 
@@ -111,6 +114,7 @@ class Trainer(SFTTrainer):
         dtype: torch.dtype,
         *,
         packed: bool,
+        processes: Processes = Processes(),  # noqa: B008 (frozen: one process)
     ) -> None:
         import datasets
 
@@ -119,6 +123,7 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
+        self.processes = processes
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -126,7 +131,7 @@ class Trainer(SFTTrainer):
             output_dir=str(folder.path.parent),  # made by transformers if absent; checkpoints go to _get_output_dir
             per_device_train_batch_size=recipe.micro_batch_size,
             per_device_eval_batch_size=recipe.micro_batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps // processes.count,
             num_train_epochs=recipe.epochs,
             max_steps=recipe.max_steps or -1,
             max_length=recipe.max_seq_length if packed else None,  # else the rows have their length already
@@ -163,16 +168,21 @@ class Trainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = adapters[name]
+        # TRL's counts stay those of this process; they are added up once per step and evaluation.
+        self.accelerator.gather_for_metrics = lambda value, *_, **__: value
+        self.sequences = len(self.train_dataset)
+        if processes.count > 1:
+            self.train_dataset = datasets.concatenate_datasets([self.train_dataset, _untrained(self.train_dataset)])
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(folder.path / "tensorboard")
         self.cruxy = CruxyCallback(
-            policy_of(recipe),
+            policy_of(recipe, processes),
             events=folder.events,
-            snapshots=folder.snapshots,
-            label=lambda step: Batch(self.step_ids, self.processing_class),
+            snapshots=folder.snapshots if processes.count == 1 else None,
+            label=lambda step: Batch(self.step_ids, self.processing_class, processes),
             settle=True,  # the host waits for each step's loss, to write it down
         ).attach(self)
 
@@ -204,6 +214,12 @@ class Trainer(SFTTrainer):
             lambda step: lr_factor(self.recipe.lr_schedule, step, warmup, num_training_steps),
         )
         return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.processes.count == 1:
+            return super()._get_train_sampler(train_dataset)
+        together = self.processes.count * self.args.per_device_train_batch_size
+        return Padded(self.sequences, self.recipe.seed, together)
 
     def _start_step(self) -> None:
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
@@ -245,12 +261,16 @@ class Trainer(SFTTrainer):
         partial = Path(self._get_output_dir(trial))
         with files.writing(self.folder.checkpoints):
             try:
-                super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(model, trial)  # each process writes the state of its random numbers
+                self.processes.wait()
                 written = partial / f"checkpoint-{self.state.global_step}"
-                self.cruxy.save(written)
-                self.folder.keep_checkpoint(written)
+                if self.processes.first:
+                    self.cruxy.save(written)
+                    self.folder.keep_checkpoint(written)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                if self.processes.first:
+                    shutil.rmtree(partial, ignore_errors=True)
+        self.processes.wait()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -295,14 +315,16 @@ class Trainer(SFTTrainer):
         right = 0.0
         one = torch.ones((), device=self.args.device)  # sum instead of mean
         with self._evaluating():
-            for batch in self.get_eval_dataloader():
+            for batch in self._held_out_batches():
                 batch = self._prepare_inputs(batch)
                 count = _label_count(batch)
                 tokens += count
                 sequences += len(batch["labels"])
                 total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
                 right += self._take_accuracy("eval") * count
-        loss = float(total) / tokens
+        parts = self.processes.gather((float(total), tokens, sequences, right))
+        total, tokens, sequences, right = (sum(values) for values in zip(*parts, strict=True))
+        loss = total / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
             "loss": loss,
@@ -311,6 +333,14 @@ class Trainer(SFTTrainer):
             "tokens": tokens,
             "sequences": sequences,
         }
+
+    def _held_out_batches(self) -> Iterator[dict[str, Any]]:
+        """This process's part of the held-out batches, which are the same ones however many processes there are."""
+        rows: Any = self.eval_dataset
+        size = self.args.per_device_eval_batch_size
+        starts = range(0, len(rows), size)
+        for start in starts[self.processes.rank :: self.processes.count]:
+            yield self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
 
     def generate(self, ids: list[int], count: int) -> str:
         """The model's greedy continuation of `ids` by at most `count` tokens."""
@@ -375,16 +405,46 @@ def _label_count(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+def _untrained(dataset: Any) -> Any:
+    """A data set of one row like those of `dataset`, in which no token has a label."""
+    row = {name: values[:2] for name, values in dataset[0].items()}
+    return type(dataset).from_list([{**row, "labels": [-100] * 2}], features=dataset.features)
+
+
+class Padded(torch.utils.data.Sampler):
+    """The order of one process (accelerate's, of `count` rows), then the row after the last, which trains nothing, so
+    often that every process has as many whole micro-batches: else rows of the beginning would be trained on twice."""
+
+    def __init__(self, count: int, seed: int, multiple: int) -> None:
+        from accelerate.data_loader import SeedableRandomSampler
+
+        rows: Sized = range(count)
+        self.order = SeedableRandomSampler(rows, data_seed=seed)
+        self.count, self.padding = count, -count % multiple
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from [self.count] * self.padding
+
+    def __len__(self) -> int:
+        return self.count + self.padding
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
 class Batch:
     """The token ids of one step's micro-batches, as text where an event names them: the host need not read others'."""
 
-    def __init__(self, ids: list[torch.Tensor], tokenizer: Any) -> None:
-        self.ids, self.tokenizer = ids, tokenizer
+    def __init__(self, ids: list[torch.Tensor], tokenizer: Any, processes: Processes) -> None:
+        self.ids, self.tokenizer, self.processes = ids, tokenizer, processes
 
     def __repr__(self) -> str:
         rows = [row for part in self.ids for row in part.tolist()]
         texts = [self.tokenizer.decode(row, skip_special_tokens=True)[:60] for row in rows[:4]]
-        return ", ".join(map(repr, texts)) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        others = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        where = f" (of the first of {self.processes.count} processes)" if self.processes.count > 1 else ""
+        return ", ".join(map(repr, texts)) + others + where
 
 
 class Telemetry(TrainerCallback):
@@ -399,10 +459,12 @@ class Telemetry(TrainerCallback):
         # json has no NaN or infinity; null says that there was no finite value
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         path = self.trainer.folder.metrics
-        with files.writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.trainer.processes.first:
+            with files.writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         if self.trainer.args.report_to:
-            self.trainer.log({k: v for k, v in row.items() if isinstance(v, (int, float, str)) and k != "step"})
+            shown: dict[str, Any] = {k: v for k, v in row.items() if isinstance(v, (int, float, str)) and k != "step"}
+            self.trainer.log(shown)
             self.trainer.state.log_history.clear()  # metrics.jsonl has them, and the checkpoints need not
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -412,11 +474,15 @@ class Telemetry(TrainerCallback):
         trainer, cruxy = self.trainer, self.trainer.cruxy
         assert cruxy.loss is not None
         now = time.perf_counter()
-        row: dict[str, Any] = {"step": state.global_step, "loss": float(cruxy.loss), "lr": float(cruxy.lr)}
+        here = (float(cruxy.loss), trainer.step_tokens, trainer.step_trained, trainer.step_right)
+        parts = trainer.processes.gather(here)
+        total, tokens, trained, right = (sum(values) for values in zip(*parts, strict=True))
+        # Under DDP each process's loss is divided by the tokens of all and multiplied by their number.
+        row: dict[str, Any] = {"step": state.global_step, "loss": total / len(parts), "lr": float(cruxy.lr)}
         row |= cruxy.numbers(state.global_step)
         row["skipped"] = int(self._was_skipped(row))
-        row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
-        row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
+        row["accuracy"] = _known(right / max(1, trained))
+        row |= {"epoch": state.epoch, "tokens": tokens, "seconds": now - self.last}
         trainer._start_step()
         if torch.cuda.is_available() and args.device.type == "cuda":
             row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
@@ -462,10 +528,11 @@ class GradientRecorder(TrainerCallback):
 
 class Interruption(TrainerCallback):
     """Ctrl-C and SIGTERM: while training, the step in progress is finished and saved, and a second one ends the
-    process at once; elsewhere KeyboardInterrupt. `number` is that of the signal."""
+    process at once; elsewhere KeyboardInterrupt. `number` is that of the signal, to whichever process it came."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], processes: Processes) -> None:
         self.say = say
+        self.processes = processes
         self.number: int | None = None
         self.training = False
 
@@ -476,6 +543,8 @@ class Interruption(TrainerCallback):
         self.training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A launcher tells all of its processes to stop, but not in the same step.
+        self.number = next((number for number in self.processes.gather(self.number) if number is not None), None)
         if self.number is not None:
             control.should_save = True
             control.should_training_stop = True

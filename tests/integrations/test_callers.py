@@ -34,7 +34,7 @@ def groups(net: Any) -> list[dict[str, Any]]:
 
 
 def made_by_sd_scripts(optimizer_type: str, optimizer_args: list[str], params: Any, lr: float) -> Any:
-    """What `get_optimizer` of kohya-ss/sd-scripts does with a name that it does not know (library/train_util.py)."""
+    """What `get_optimizer` of kohya-ss/sd-scripts does with a name that it does not know (`library.train_util`)."""
     keywords = {}
     for word in optimizer_args:
         key, value = word.split("=")
@@ -91,7 +91,7 @@ def test_sd_scripts(tmp_path):
 
 
 def made_by_onetrainer(parameters: list[dict[str, Any]], learning_rate: float) -> Any:
-    """The lines of our page where `create_optimizer` of Nerogar/OneTrainer has an entry (modules/util/create.py)."""
+    """The lines of our page where `create_optimizer` of Nerogar/OneTrainer has an entry (`modules.util.create`)."""
     entry = PAGE.partition("## OneTrainer")[2]
     (lines,) = re.findall(r"```python\n(.*?)```", entry, re.DOTALL)
     config = type("TrainConfig", (), {"learning_rate": learning_rate})()
