@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import cruxy_kernels as kernels
     from cruxy_triton.optimizer import CruxyOptimizer, MetaLion
+    from cruxy_triton.release import release_gradients
 
 __version__ = "0.1.0"
-__all__ = ["CruxyOptimizer", "MetaLion", "__version__", "kernels"]
+__all__ = ["CruxyOptimizer", "MetaLion", "__version__", "kernels", "release_gradients"]
 
 _LAZY = {
     "CruxyOptimizer": ("cruxy_triton.optimizer", "CruxyOptimizer"),
     "MetaLion": ("cruxy_triton.optimizer", "MetaLion"),
+    "release_gradients": ("cruxy_triton.release", "release_gradients"),
     "kernels": ("cruxy_kernels", None),
 }
 

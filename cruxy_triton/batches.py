@@ -38,6 +38,7 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     prepared: kernels.PreparedUpdate | None = None
+    clip: tuple[Any, kernels.TensorClip] | None = None  # of the first of some batches: see clipping.py
 
     def add(self, param: Tensor, grad: Tensor, state: dict[str, Any], row: int, number: int) -> None:
         self.params.append(param)
@@ -79,20 +80,41 @@ class Batch:
         count = len(self.params)
         return torch.stack((torch.arange(count), torch.ones(count)), 1).int() if spans is None else spans
 
-    def update(self, control: Tensor, backend: str | None, grad_factors: Tensor | None = None) -> None:
-        """The update; `grad_factors`: float32 (tensors,), on any device."""
+    def update(
+        self,
+        control: Tensor,
+        backend: str | None,
+        grad_factors: Tensor | None = None,
+        lr_multipliers: Tensor | None = None,
+    ) -> None:
+        """The update; `grad_factors`, `lr_multipliers`: float32 (tensors,), on any device."""
         if control.device != self.device:
             control = control.to(self.device, non_blocking=True)
         if grad_factors is not None:
             grad_factors = grad_factors.to(self.device, non_blocking=True)
+        if lr_multipliers is not None:
+            lr_multipliers = lr_multipliers.to(self.device, non_blocking=True)
         if self.prepared is not None:
-            self.prepared.update(control, grad_factors=grad_factors)
+            self.prepared.update(control, lr_multipliers, grad_factors)
             return
         grads = [_centralized(g) if g.dim() > 1 and g.numel() else g for g in self.grads] if self.use_gc else self.grads
         kernels.update_(
             self.rule, self.params, grads, self.state, control, rows=self.rows, ids=self.ids,
-            grad_factors=grad_factors, backend=backend, **groups.named_flags(self.rule, self.flags),
+            lr_multipliers=lr_multipliers, grad_factors=grad_factors, backend=backend,
+            **groups.named_flags(self.rule, self.flags),
         )  # fmt: skip
+
+
+def spans_of(batches: list[Batch]) -> Tensor | None:
+    """`Batch.spans` in the telemetry of all of them, one after the other; None: row i is tensor i."""
+    if all([batch.prepared is None for batch in batches]):
+        return None
+    spans, first = [], 0
+    for batch in batches:
+        own = batch.spans()
+        spans.append(own + torch.tensor([first, 0]))
+        first += int(own[:, 1].sum())
+    return torch.cat(spans)
 
 
 class StepPlan:

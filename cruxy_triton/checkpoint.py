@@ -5,8 +5,10 @@ The form is torch's own, so that tools which know `torch.optim.AdamW` know ours:
     {"state": {index: {"step": 0-dim fp32, "exp_avg": ..., "exp_avg_sq": ..., "clip": fp32 (NUM_HISTORY,)}},
      "param_groups": [{"lr": ..., "params": [index, ...], "mode": "meta3", "control": fp32 (NUM_SLOTS,)}]}
 
-`control` is the group's main row of the control vector: the statistics, the controller's multiplier and its
-histories. It stands in the group, because `torch.distributed.checkpoint` keeps nothing else. State in fewer bits
+`release`, in the first group, is there where gradients have been released (controllers/release.py), and `layers` where
+there is layer-wise control (controllers/layers.py). `control` is the group's main row of the control vector: the
+statistics, the controller's multiplier and its histories. It stands in the group, because
+`torch.distributed.checkpoint` keeps nothing else. State in fewer bits
 is a tensor of codes with its scales beside it (`exp_avg`, `exp_avg_scale`). `clip` is there with `clip="tensor"` alone.
 
 The functions here are pure: `read` makes and checks everything before an optimizer is touched.
@@ -28,6 +30,8 @@ from cruxy_kernels import layout as L
 from cruxy_kernels.codec import Codec, scale_name
 from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
+from cruxy_triton.controllers.layers import KEY as LAYERS
+from cruxy_triton.controllers.release import NUM_RELEASE, SCALE
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
 
@@ -41,7 +45,9 @@ NON_NEGATIVE = (
 )  # fmt: skip
 
 
-def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], seed: int) -> dict[str, Any]:
+def pack(
+    param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], seed: int, release: Tensor | None = None
+) -> dict[str, Any]:
     """The state_dict of these groups and states. Moments are shared with the optimizer, as in torch.
 
     A state whose tensor is in no group (any more) is left out.
@@ -53,6 +59,10 @@ def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], see
     ]
     for group in packed:
         group["control"][L.SEED] = seed  # before the first step it is not there yet
+        if LAYERS in group:
+            group[LAYERS] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group[LAYERS].items()}
+    if release is not None:
+        packed[0]["release"] = release.clone()
     states = {
         index.get(key, key): value | {name: value[name].clone() for name in groups.NO_MOMENTS if name in value}
         for key, value in state.items()
@@ -67,12 +77,16 @@ class Checkpoint:
 
     controls: the main row of each group, None where its statistics start afresh.
     ages: of each group's tensors that have a state, the steps that it has seen.
+    layers: the state of layer-wise control as it was saved, not checked.
+    release: what controllers/release.py keeps, None where no gradients have been released.
     """
 
     state: defaultdict[Any, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     groups: list[Group] = field(default_factory=list)
     controls: list[Tensor | None] = field(default_factory=list)
     ages: list[dict[Tensor, float]] = field(default_factory=list)
+    layers: Any = None
+    release: Tensor | None = None
 
 
 def read(
@@ -132,6 +146,11 @@ def read(
             if clip == "tensor" and "clip" in value:
                 found.state[p]["clip"] = _history(value["clip"], place)
         control, saved_mode = saved.pop("control", None), saved.pop("mode", None)
+        layers = saved.pop(LAYERS, None)
+        found.layers = layers if found.layers is None else found.layers
+        release = saved.pop("release", None)
+        if release is not None:
+            found.release = _release(release, f"group {i}")
         found.controls.append(_control(control, saved_mode, mode, f"group {i}"))
         found.groups.append(_settings(group, saved, defaults, ours=control is not None, same_rule=same_rule))
         try:
@@ -286,6 +305,17 @@ def _scale(value: Mapping[str, Any], name: str, param: Tensor, codec: Codec, pla
     if bool((distributed.local(_finite(scale, scale_name(name), place)) < 0).any()):
         raise ValueError(f"{place} of the checkpoint: {scale_name(name)} has negative values")
     return scale
+
+
+def _release(value: Any, place: str) -> Tensor:
+    """What a run with released gradients keeps beside its control row, on the CPU."""
+    fits = isinstance(value, Tensor) and value.shape == (NUM_RELEASE,) and value.dtype == torch.float32
+    if not fits or not bool(value.isfinite().all() & (value[SCALE] > 0)):
+        raise ValueError(
+            f"{place} of the checkpoint: release is not {NUM_RELEASE} finite float32 numbers with a positive loss "
+            "scale; it is damaged, or of another version"
+        )
+    return value.detach().cpu().clone()
 
 
 def _control(row: Any, saved_mode: Any, mode: str, place: str) -> Tensor | None:

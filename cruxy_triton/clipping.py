@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cruxy_kernels import TensorClip
 from cruxy_kernels import layout as L
-from cruxy_triton.batches import Batch
+from cruxy_triton.batches import Batch, spans_of
 from cruxy_triton.rows import ControlRows
 
 
@@ -23,7 +23,6 @@ class Histories:
         self._values = torch.zeros((0, L.NUM_HISTORY))
         self._known: Any = None
         self._views: dict[Tensor, Tensor] = {}
-        self._kept: tuple[list[Batch], TensorClip] | None = None
 
     def __reduce__(self) -> Any:
         return Histories, ()  # a copy finds them in the states
@@ -31,18 +30,13 @@ class Histories:
     def of(self, batches: list[Batch], rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> TensorClip:
         """What `control_step` needs for the tensors of these batches, on the device of the rows."""
         known = rows, rows.changes, rows.values.device
-        if known == self._known and self._kept is not None and self._kept[0] is batches:
-            return self._kept[1]
+        kept = batches[0].clip  # by batches that serve several steps
+        if known == self._known and kept is not None and kept[0] == known:
+            return kept[1]
         self._link(known, rows, state)
-        spans, first = [], 0
-        for batch in batches:
-            own = batch.spans()
-            spans.append(own + torch.tensor([first, 0]))
-            first += int(own[:, 1].sum())
         ids = [number for batch in batches for number in batch.ids]
-        prepared = [batch.prepared is not None for batch in batches]
-        clip = TensorClip(self._values, ids, torch.cat(spans) if any(prepared) else None)
-        self._kept = (batches, clip) if all(prepared) else None  # the others hold gradients
+        clip = TensorClip(self._values, ids, spans_of(batches))
+        batches[0].clip = (known, clip) if all([batch.prepared is not None for batch in batches]) else None
         return clip
 
     def _link(self, known: Any, rows: ControlRows, state: Mapping[Tensor, dict[str, Any]]) -> None:

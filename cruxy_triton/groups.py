@@ -26,7 +26,7 @@ NO_MOMENTS = ("step", "clip")
 # Settings of the whole optimizer, which a group cannot have of its own.
 SHARED = (
     "mode", "state_bits", "bounds", "guard", "clip", "gamma_norm", "meta_lr_eta", "meta_lr_beta2", "meta_interval",
-    "backend",
+    "backend", "layerwise", "response",
 )  # fmt: skip
 
 

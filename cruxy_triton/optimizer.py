@@ -21,13 +21,19 @@ from cruxy_kernels.codec import scale_name
 from cruxy_triton import checkpoint, distributed, groups
 from cruxy_triton.batches import Batch, StepPlan
 from cruxy_triton.clipping import Histories
+from cruxy_triton.controllers.blade import Blade
+from cruxy_triton.controllers.layers import KEY as LAYERS
+from cruxy_triton.controllers.layers import LayerControl, StepTensors
 from cruxy_triton.controllers.meta import slow_loop
+from cruxy_triton.controllers.sketch_align import SketchAlign
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
 from cruxy_triton.metrics import History, Reader, calls, named
+from cruxy_triton.passes import Passes
 from cruxy_triton.rows import ControlRows
 
 CLIPPING = ("global", "tensor", None)
+LAYERWISE = ("blade", "sketch_align", None)
 
 
 class CruxyOptimizer(Optimizer):
@@ -58,6 +64,11 @@ class CruxyOptimizer(Optimizer):
         clip: "global", the mode's own limit of the norm of all gradients together (stability_v1 has none); "tensor",
             each tensor's gradient at 1.05 times the norms it has had (AdaGC; docs/laws.md, section 2.6), in its
             place; None, no clipping. Leave the trainer's `max_grad_norm` at 0: what it cuts is not seen here.
+        layerwise: "blade", a multiplier of the step size for each layer by the direction and size of its gradients
+            (layers by parameter name, so give `model.named_parameters()`; docs/laws.md, section 7); "sketch_align",
+            one for all layers; None. Not for sharded parameters.
+        response: of "blade": "damped", in which a layer more volatile than the median steps less, or "paper", the
+            published law, in which it steps more.
         maximize: ascend.
         rule: the update rule by its name in `cruxy_kernels.RULES`, where use_lion does not say it.
         seed: of the random bits with which 16-bit parameters and some codes are rounded, a whole number below 2^24;
@@ -105,6 +116,8 @@ class CruxyOptimizer(Optimizer):
         bounds: tuple[float, float] | None = (0.1, 4.0),
         guard: bool = True,
         clip: str | None = "global",
+        layerwise: str | None = None,
+        response: str = "damped",
         backend: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -137,6 +150,9 @@ class CruxyOptimizer(Optimizer):
             raise ValueError(f"guard is {guard!r}; expected True or False")
         if clip not in CLIPPING:
             raise ValueError(f"clip is {clip!r}; expected one of {', '.join(map(repr, CLIPPING))}")
+        if layerwise not in LAYERWISE:
+            raise ValueError(f"layerwise is {layerwise!r}; expected one of {', '.join(map(repr, LAYERWISE))}")
+        blade = Blade(response)
         if not groups.is_count(history):
             raise ValueError(f"history is {history!r}; expected a number of steps, at least 0")
         if not (groups.is_count(seed) and seed < 1 << 24):
@@ -150,6 +166,9 @@ class CruxyOptimizer(Optimizer):
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.guard = guard
         self.clip = clip
+        self.layerwise, self.response = layerwise, response
+        self._layers: LayerControl | None = {"blade": blade, "sketch_align": SketchAlign()}.get(layerwise or "")
+        self._given_entropy: Any = None
         self.seed = seed
         self._rows = ControlRows()
         self._histories = Histories()
@@ -162,6 +181,8 @@ class CruxyOptimizer(Optimizer):
         self._calls_without_loss = 0
         self._history = History(history)
         self._reader = Reader()
+        self._passes: Passes | None = None
+        self._release: Tensor | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -183,6 +204,7 @@ class CruxyOptimizer(Optimizer):
             groups.warn_of_betas(mode, rule, betas)
         super().__init__(params, defaults)
         self._seen["state"] = False  # the base class put an empty one there
+        self._follow_layers()
 
     @property
     def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -212,6 +234,7 @@ class CruxyOptimizer(Optimizer):
         """Add a group; it joins with the statistics gathered so far. Raises ValueError for bad settings."""
         if isinstance(param_group, dict):
             groups.refuse_shared(param_group, self)
+            param_group.pop(LAYERS, None)  # of another optimizer, whose groups these were
             rule = groups.rule_of({**self.defaults, **param_group})
             if "betas" in param_group:
                 groups.warn_of_betas(self.mode, rule, param_group["betas"])
@@ -236,6 +259,10 @@ class CruxyOptimizer(Optimizer):
         With gradient accumulation that is the mean over the micro-batches; a second call replaces the first.
         """
         self._given_loss = _number(loss)
+
+    def set_entropy(self, entropy: float | Tensor) -> None:
+        """Give the next step the mean entropy of the model's output (nats), for `layerwise`; as `set_loss`."""
+        self._given_entropy = _number(entropy)
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
@@ -276,7 +303,11 @@ class CruxyOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         given, self._given_loss = self._given_loss, None
+        entropy, self._given_entropy = self._given_entropy, None
         number = _number(loss if loss is not None else result if result is not None else given)
+        if self._passes is not None:
+            self._passes.finish(number)
+            return result
         sharded = distributed.active()
         batches = self._gather(sharded)
         if not batches:
@@ -289,22 +320,75 @@ class CruxyOptimizer(Optimizer):
         found_inf, grad_scale = _moved(found_inf, device), _moved(grad_scale, device)
         log = self._history.log(device)
         by_tensor = self.clip == "tensor"
+        layers = self._layers
         clip = self._histories.of(batches, self._rows, self._state) if by_tensor else self.clip
         parts = [
-            _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor), device) for batch in batches
+            _moved(batch.telemetry(self.gamma_norm, found_inf, self.backend, by_tensor or layers is not None), device)
+            for batch in batches
         ]
+        telemetry, value = parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded)
         kernels.control_step(
-            control, parts[0] if len(parts) == 1 else torch.cat(parts), self._loss(number, device, sharded),
+            control, telemetry, value,
             law=self.mode, found_inf=found_inf, grad_scale=grad_scale, log=log, clip=clip, backend=self.backend,
         )  # fmt: skip
         if self.mode == "meta3" and (self.param_groups[0]["capturable"] or self._calls % self.meta_interval == 0):
             slow_loop(control, bounded=self.bounds is not None, log=log, backend=self.backend)
-        factors = [None] * len(batches)
+        factors = multipliers = [None] * len(batches)
         if isinstance(clip, kernels.TensorClip):
             factors = clip.factors.split([len(batch.params) for batch in batches])
-        for batch, own in zip(batches, factors, strict=True):
-            batch.update(control, self.backend, own)
+        if layers is not None:
+            self._follow_layers(device)
+            multipliers = layers.step(
+                StepTensors.of(batches), telemetry, control[0, L.SKIP], loss=value, grad_scale=grad_scale,
+                entropy=None if entropy is None else self._on_device(entropy, device, sharded), backend=self.backend,
+            ).split([len(batch.params) for batch in batches])  # fmt: skip
+        for batch, own, multiplier in zip(batches, factors, multipliers, strict=True):
+            batch.update(control, self.backend, own, multiplier)
         return result
+
+    def _follow_layers(self, device: torch.device | None = None) -> None:
+        if self._layers is not None:
+            first = next((p for group in self.param_groups for p in group["params"]), self._rows.values)
+            self._layers.follow(self.param_groups, device or first.device, (self._rows, self._rows.changes))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every torch optimizer; released gradients of a step that no `step()` has ended: it is broken off."""
+        if self._passes is not None:
+            self._passes.end(whole=not self._passes.hooked)
+        super().zero_grad(set_to_none)
+
+    supports_fused_back_pass = True
+
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
+        """Update one tensor from its gradient within the backward pass; OneTrainer calls it so, from a hook.
+
+        The laws see each step's statistics in the next one (docs/full-parameter.md). `step()`, `zero_grad()` and
+        `state_dict()` end the step; where nobody calls them, the first tensor that comes again does. The gradient is
+        freed. With `clip="global"`
+        the limit is held against the gradients that have come so far, and the last step's norm.
+
+        Args:
+            p: a tensor of `group["params"]`; without a gradient nothing happens.
+            group: its group of `param_groups`. i: its place there.
+
+        Raises:
+            ValueError: the tensor is not in this group of this optimizer.
+            RuntimeError: `release_gradients` updates them already, or several processes run.
+        """
+        if p.grad is None:
+            return
+        if not any(p is q for q in group["params"]) or not any(group is own for own in self.param_groups):
+            raise ValueError("step_parameter got a tensor or a group of another optimizer; give p of group['params']")
+        if self._passes is None:
+            self._passes = Passes(self, None)
+        if self._passes.hooked:
+            raise RuntimeError("release_gradients updates these tensors already; use one of the two")
+        self._passes.step_parameter(p)
+
+    def step_param(self, p: Tensor, group: dict[str, Any]) -> None:
+        """`step_parameter` as sd-scripts calls it."""
+        self.step_parameter(p, group)
 
     def _gather(self, sharded: bool) -> list[Batch]:
         """The tensors that have a gradient, in one batch for each kind of update: those of the last step, if it can."""
@@ -315,7 +399,8 @@ class CruxyOptimizer(Optimizer):
             state = self._state if self._seen["state"] else None
             if self._plan.serves(state, self._plan_key(settings)):
                 return self._plan.batches
-        batches, absent = self._sort(settings, sharded)
+        tensors = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        batches, absent = self._sort(settings, tensors, sharded)
         self._plan = None
         if batches and plannable:
             self._rows.link(self._state, self.mode)
@@ -328,42 +413,48 @@ class CruxyOptimizer(Optimizer):
         stream = torch.cuda.current_stream().cuda_stream if self._rows.values.is_cuda else None
         return [s[:3] for s in settings], self._rows.changes, self.backend, stream
 
-    def _sort(self, settings: list[Settings], sharded: bool) -> tuple[list[Batch], list[Tensor]]:
-        """(batches, tensors without a gradient); makes missing state."""
+    def _sort(
+        self, settings: list[Settings], tensors: list[tuple[int, Tensor]], sharded: bool
+    ) -> tuple[list[Batch], list[Tensor]]:
+        """(batches, tensors without a gradient) of tensors with the index of their group; makes missing state."""
         batches: dict[Any, Batch] = {}
         absent: list[Tensor] = []
-        for index, group in enumerate(self.param_groups):
+        for index, p in tensors:
             rule, flags, use_gc = settings[index][:3]
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    absent.append(p)
-                    continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        "CruxyOptimizer does not support sparse gradients; "
-                        "use dense ones (for example Embedding(sparse=False))"
-                    )
-                if grad.is_neg():  # kernels read what lies in memory, and that is the other sign
-                    grad = p.grad = grad.resolve_neg()
-                state, number = self._state[p], self._rows.number[p]
-                if not state:
-                    self._init_state(p, rule, state)
-                    self._rows.forget(p)  # where the state was cleared the tensor starts anew
-                row = self._rows.of(p)
-                if row is None:
-                    age = state.get("step")  # of a state that was carried over from another tensor
-                    row = self._rows.join(p, index, self._calls, None if age is None else float(age))
-                mesh = None
-                if sharded:
-                    grad, mesh = distributed.local_grad(p, grad), distributed.statistics_key(p)
-                    p, state = distributed.local(p), distributed.local_state(state, p)
-                key = (rule, flags, use_gc, p.dtype, p.device, mesh)
-                batch = batches.get(key)
-                if batch is None:
-                    batch = batches[key] = Batch(*key)
-                batch.add(p, grad, state, row, number)
+            grad = p.grad
+            if grad is None:
+                absent.append(p)
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    "CruxyOptimizer does not support sparse gradients; "
+                    "use dense ones (for example Embedding(sparse=False))"
+                )
+            if grad.is_neg():  # kernels read what lies in memory, and that is the other sign
+                grad = p.grad = grad.resolve_neg()
+            state, row, number = self._joined(p, index, rule)
+            mesh = None
+            if sharded:
+                grad, mesh = distributed.local_grad(p, grad), distributed.statistics_key(p)
+                p, state = distributed.local(p), distributed.local_state(state, p)
+            key = (rule, flags, use_gc, p.dtype, p.device, mesh)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch(*key)
+            batch.add(p, grad, state, row, number)
         return list(batches.values()), absent
+
+    def _joined(self, p: Tensor, index: int, rule: str) -> tuple[dict[str, Any], int, int]:
+        """(state, row, number) of a tensor, which has them from now on."""
+        state = self._state[p]
+        if not state:
+            self._init_state(p, rule, state)
+            self._rows.forget(p)  # where the state was cleared the tensor starts anew
+        row = self._rows.of(p)
+        if row is None:
+            age = state.get("step")  # of a state that was carried over from another tensor
+            row = self._rows.join(p, index, self._calls, None if age is None else float(age))
+        return state, row, self._rows.number[p]
 
     def _follow(self) -> list[Settings]:
         """The groups' settings as they are now; refuses those that cannot be used, before anything is changed."""
@@ -414,10 +505,14 @@ class CruxyOptimizer(Optimizer):
                     "step(loss=loss) to switch it on, or set_loss(loss) where the step is called for you"
                 )
             return None
-        if isinstance(loss, Tensor):
-            value = loss.to(device, torch.float32, non_blocking=True)
+        return self._on_device(loss, device, sharded)
+
+    def _on_device(self, number: float | Tensor, device: torch.device, sharded: bool) -> Tensor:
+        """The mean over all ranks as a 0-dim fp32 tensor."""
+        if isinstance(number, Tensor):
+            value = number.to(device, torch.float32, non_blocking=True)
         else:
-            value = torch.full((), loss, dtype=torch.float32, device=device)
+            value = torch.full((), number, dtype=torch.float32, device=device)
         return distributed.mean_loss(value, self.process_group) if sharded else value
 
     # -- what it did ------------------------------------------------------------------
@@ -432,6 +527,10 @@ class CruxyOptimizer(Optimizer):
         rows = self._reader.read(self.control, wait)
         return {**named(rows[0]), "lrs": [rows[row][L.LR_OUT] for row in self._rows.main]}
 
+    def layer_multipliers(self, *, wait: bool = False) -> dict[str, float]:
+        """The last step's multiplier of each layer by name; empty without `layerwise`. `wait`: as for `metrics`."""
+        return {} if self._layers is None else self._layers.multipliers(wait=wait)
+
     def history(self) -> list[dict[str, Any]]:
         """`metrics()` of the last steps of this process (without `lrs`), oldest first."""
         return self._history.read(self.control[0])
@@ -443,19 +542,25 @@ class CruxyOptimizer(Optimizer):
         kept.update({k: v for k, v in self.__dict__.items() if k not in kept and not k.startswith("_optimizer_")})
         for transient in ("grad_scale", "found_inf", "_zero_grad_profile_name"):
             kept.pop(transient, None)
-        return {**kept, "_plan": None}
+        return {**kept, "_plan": None, "_passes": None}  # hooks are of these tensors
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        return "\n".join(line for line in lines if "control:" not in line and not line.startswith("       "))
+        hidden = ("    control:", f"    {LAYERS}:", "       ")
+        return "\n".join(line for line in lines if not line.startswith(hidden))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit; `checkpoint.py` says in which form."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        if self._passes is not None:
+            self._passes.end()
         self._rows.follow(self.param_groups)
         self._rows.link(self.state, self.mode)
+        self._follow_layers()
         state_dict = checkpoint.pack(self.param_groups, self.state, self.seed)
+
+        state_dict = checkpoint.pack(self.param_groups, self.state, self.seed, self._release)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:
@@ -473,6 +578,10 @@ class CruxyOptimizer(Optimizer):
             state_dict, self.param_groups, mode=self.mode, state_bits=self.state_bits, clip=self.clip,
             defaults=self.defaults,
         )  # fmt: skip
+        layers = self._layers
+        carried = None if layers is None or loaded.layers is None else layers.check(loaded.layers)
+        if layers is not None and carried is None:
+            warn("the checkpoint has no layer-wise state; layer-wise control starts afresh")
         self.__setstate__({"state": loaded.state, "param_groups": loaded.groups})
         self._seen = {"state": False}  # all its tensors are copies
         self._plan = None
@@ -483,8 +592,14 @@ class CruxyOptimizer(Optimizer):
             self.seed = self.seed if control is None else int(control[L.SEED])
         self._rows.link(self._state, self.mode)
         self._settings = []
+        if layers is not None:
+            layers.restart(carried)
+            self._follow_layers()
         self._history.begin(self.control[0])
         self._calls = calls(self.control[0])
+        self._release = loaded.release
+        if self._passes is not None:
+            self._passes.adopt()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

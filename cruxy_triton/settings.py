@@ -26,6 +26,10 @@ PLAN, FINETUNE, BOTH = ("plan",), ("finetune",), ("plan", "finetune")
 # Lion rule's a half, the ratio of the best rates on the demo task. sgd's gradients are clipped at norm 1, so that its
 # rate is the length of a step: about what adamw's comes to on ten million adapter parameters (2e-4 * sqrt(1e7)).
 DEFAULT_LR = {"cruxy": 4e-4, "cruxy-lion": 1e-4, "adamw": 2e-4, "sgd": 0.5}
+# The same where every weight learns: a tenth of adamw's, the usual one there; the others in proportion, but for the
+# Lion rule's, which is adamw's. Each tensor is clipped against its own history, so that the norms bound no rate.
+FULL_LR = {"cruxy": 4e-5, "cruxy-lion": 2e-5, "adamw": 2e-5, "sgd": 0.5}
+BATCH_SIZE = 8
 STATE_BITS = {"cruxy": (32, 8), "cruxy-lion": (32, 8, 4), "adamw": (32,), "sgd": (32,)}
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
@@ -63,6 +67,10 @@ class Setting:
     searched: bool = False
     configures: bool = False
     only_with: tuple[str, tuple[Any, ...]] | None = None
+
+    @property
+    def of_adapters(self) -> bool:
+        return self.only_with == ("method", ("lora",))
 
     @property
     def expected(self) -> str:
@@ -244,9 +252,13 @@ class Settings:
     gradient_checkpointing: bool | None = _memory(
         None, "recompute activations in the backward pass", left_open="planned", searched=True
     )
-    chunked_loss: bool = _memory(True, "the loss in tiles (TRL); without it whole logits (transformers)")
+    chunked_loss: bool = _memory(None, "the loss in tiles (TRL); without it whole logits (transformers)", searched=True,
+                                 left_open="on; planned with --method full")  # fmt: skip
+    release: bool = _memory(None, "each layer learns in the backward pass and its gradients go at once; every "
+                            "micro-batch is a step", searched=True, only_with=("method", ("full",)),
+                            left_open="on with a cruxy optimizer and whole batches")  # fmt: skip
 
-    method: str = _setting("lora", "what learns: adapters, or every weight (only `plan` knows full)", group="LoRA",
+    method: str = _setting("lora", "what learns: adapters, or every weight", group="LoRA",
                            commands=BOTH, configures=True, choices=("lora", "full"))  # fmt: skip
     lora_r: int = _lora(16, "rank of the adapters", minimum=1, maximum=4096, metavar="R", searched=True)
     lora_alpha: float = _lora(None, "scale of the adapters is A/R", above=0, metavar="A", left_open="twice R")
@@ -258,24 +270,30 @@ class Settings:
         [ALL_LINEAR], "layers with adapters, as A B or A,B", metavar="NAME", searched=True
     )
 
-    optimizer: str = _step("cruxy", "cruxy and cruxy-lion are CruxyOptimizer with the AdamW and the Lion rule, adamw "
-                           "and sgd are torch's", choices=tuple(STATE_BITS), searched=True)  # fmt: skip
+    optimizer: str = _step(None, "cruxy and cruxy-lion are CruxyOptimizer with the AdamW and the Lion rule, adamw "
+                           "and sgd are torch's", choices=tuple(STATE_BITS), searched=True,
+                           left_open="cruxy; cruxy-lion with --method full")  # fmt: skip
     mode: str = _training("meta3", "control law of CruxyOptimizer", choices=("meta3", "stability_v2", "stability_v1"),
                           only_with=("optimizer", ("cruxy", "cruxy-lion")))  # fmt: skip
-    state_bits: int = _step(32, "bits of the optimizer's state; 8 with cruxy, 8 or 4 with cruxy-lion",
-                            choices=(32, 8, 4), searched=True)  # fmt: skip
+    state_bits: int = _step(None, "bits of the optimizer's state; 8 with cruxy, 8 or 4 with cruxy-lion",
+                            choices=(32, 8, 4), searched=True, left_open="32; planned with --method full")  # fmt: skip
     lr: float = _training(None, "peak learning rate; meta3 uses half of it in a short run", minimum=0, metavar="LR",
                           left_open="by optimizer: "
-                          + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items()))  # fmt: skip
+                          + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items()) + "; with --method full "
+                          + ", ".join(f"{name} {rate:g}" for name, rate in FULL_LR.items()))  # fmt: skip
     weight_decay: float = _training(0.0, "decoupled weight decay (sgd: L2)", minimum=0, metavar="W")
     lr_schedule: str = _training("linear", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_fraction: float = _training(0.03, "part of the steps to warm up in", minimum=0, below=1, metavar="F",
                                        only_with=("lr_schedule", ("linear", "cosine")))  # fmt: skip
-    clip: str = _training("global", "of the gradient: its whole norm, each tensor against its own history, or not at "
-                          "all", choices=("global", "tensor", "none"))  # fmt: skip
+    clip: str = _training(None, "of the gradient: its whole norm, each tensor against its own history, or not at "
+                          "all", choices=("global", "tensor", "none"),
+                          left_open="global; tensor with --method full and a cruxy optimizer")  # fmt: skip
+    layerwise: str = _training("none", "a step size for each layer by its gradients, or one for all",
+                               choices=("none", "blade", "sketch_align"))  # fmt: skip
     guard: str = _training("act", "what watches the run: keeps it alive, only writes down what it would do, or nothing",
                            choices=("act", "observe", "off"))  # fmt: skip
-    batch_size: int = _step(8, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N")
+    batch_size: int = _step(None, "sequences per optimizer step", minimum=1, maximum=1_000_000, metavar="N",
+                            left_open=f"{BATCH_SIZE}; with --release planned, at most that")  # fmt: skip
     micro_batch_size: int | None = _step(
         None, "sequences per forward pass; divides --batch-size", minimum=1, maximum=4096, metavar="N",
         left_open="planned", searched=True,
@@ -295,10 +313,10 @@ class Settings:
         for name, setting in SETTINGS.items():
             if hasattr(self, name) and not (name in ("model", "data") and getattr(self, name) == ""):
                 setattr(self, name, setting.check(getattr(self, name)))
-        check_together(vars(self))
         for name, value in derived(vars(self)).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        check_together(vars(self))
 
 
 def _declared() -> dict[str, Setting]:
@@ -355,12 +373,28 @@ def check_together(values: Mapping[str, Any]) -> None:
         )
     if values.get("method") == "full":
         if values.get("load_in_4bit"):
-            raise UserError("4-bit weights cannot learn; full fine-tuning needs --dtype float32 or bfloat16")
-        if values.get("dtype") == "float16":
+            raise UserError("4-bit weights cannot learn; leave --load-in-4bit out of --method full, or take LoRA")
+        if values.get("dtype") == "float16" and optimizer in ("adamw", "sgd"):
             raise UserError(
-                "full fine-tuning of float16 weights does not work with a GradScaler (its gradients would be float16); "
-                "use --dtype float32, or bfloat16 on compute capability 8.0 and later"
+                f"--optimizer {optimizer} cannot train float16 weights: its state would be float16 too, and no "
+                "GradScaler takes their gradients; give --optimizer cruxy-lion or cruxy, or --dtype float32"
             )
+        if values.get("release"):
+            _check_release(optimizer, batch, micro)
+            if values.get("layerwise") not in (None, "none"):
+                raise UserError(
+                    f"--layerwise {values['layerwise']} compares the gradients of all layers, which --release frees "
+                    "layer by layer; leave one of them out"
+                )
+
+
+def _check_release(optimizer: str | None, batch: int | None, micro: int | None) -> None:
+    if optimizer in ("adamw", "sgd"):
+        raise UserError(f"--release is for --optimizer cruxy or cruxy-lion; {optimizer} has no update in backward")
+    if batch is not None and micro is not None and batch != micro:
+        raise UserError(
+            f"--release makes a step of every micro-batch: --batch-size {batch} has to be --micro-batch-size {micro}"
+        )
 
 
 def resolve_dtype(dtype: str, device: str, capability: tuple[int, int]) -> str:
@@ -383,33 +417,64 @@ def resolve_dtype(dtype: str, device: str, capability: tuple[int, int]) -> str:
 def without_effect(given: Mapping[str, Any], command: str) -> list[str]:
     """A sentence for each setting that is given and changes nothing, because of another one."""
     notes = []
+    usual = defaults(given)
     for name in given:
         setting = SETTINGS[name]
         if setting.only_with is None:
             continue
         other, values = SETTINGS[setting.only_with[0]], setting.only_with[1]
         open_to_search = command == "plan" and other.searched and other.name not in given
-        there = given.get(other.name, other.default)
+        there = given.get(other.name, usual[other.name])
         if there not in values and not open_to_search:
             why = f"without {other.flag}" if there is False else f"with {other.flag} {there}"
             notes.append(f"{setting.flag} has no effect {why}")
     return notes
 
 
+def refuse_adapters(given: Mapping[str, Any], method: str | None) -> None:
+    """Raises UserError where a setting of adapters is given for a run that has none."""
+    flags = [SETTINGS[name].flag for name in given if SETTINGS[name].of_adapters]
+    if method == "full" and flags:
+        them = "it" if len(flags) == 1 else "them"
+        raise UserError(f"{', '.join(flags)} with --method full, which has no adapters; leave {them} out or take LoRA")
+
+
 def derived(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that follow from other settings."""
-    return {"lr": DEFAULT_LR[values["optimizer"]], "lora_alpha": 2 * values["lora_r"]}
+    """The defaults that follow from other settings; None is for the plan to decide."""
+    full, batch, micro = values["method"] == "full", values.get("batch_size"), values.get("micro_batch_size")
+    usual = "cruxy-lion" if full else "cruxy"
+    optimizer = values["optimizer"] or usual
+    # Where a step is of several micro-batches, or compares the layers, gradients have to wait for each other.
+    alone = (None in (batch, micro) or batch == micro) and values.get("layerwise") in (None, "none")
+    able = full and optimizer.startswith("cruxy") and alone
+    release = able if values.get("release") is None else full and values["release"]
+    return {
+        "optimizer": usual,
+        "state_bits": None if full and len(STATE_BITS[optimizer]) > 1 else 32,
+        "lr": (FULL_LR if full else DEFAULT_LR)[optimizer],
+        "chunked_loss": None if full else True,
+        "release": able,
+        "batch_size": None if release else BATCH_SIZE,
+        "clip": "tensor" if full and optimizer.startswith("cruxy") else "global",
+        "lora_alpha": 2 * values["lora_r"],
+    }
+
+
+def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What each setting is where nothing is given, beside `values`."""
+    plain = {name: setting.default for name, setting in SETTINGS.items()}
+    return plain | derived({**plain, **values})
 
 
 def command_words(values: Mapping[str, Any]) -> list[str]:
     """The options of `finetune` that set `values` (a whole configuration); what it does anyway is left out."""
     words = []
-    defaults = {name: setting.default for name, setting in SETTINGS.items()} | derived(values)
+    usual = defaults(values)
     for setting in of_command("finetune"):
         value = values.get(setting.name)
         if setting.only_with is not None and values.get(setting.only_with[0]) not in setting.only_with[1]:
             continue
-        if value is not None and (list(value) if setting.kind == "names" else value) != defaults[setting.name]:
+        if value is not None and (list(value) if setting.kind == "names" else value) != usual[setting.name]:
             words += setting.words(value)
     return words
 

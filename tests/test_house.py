@@ -31,8 +31,10 @@ FLOORS = [
         "cruxy_triton.distributed",
         "cruxy_triton.checkpoint",
         "cruxy_triton.clipping",
+        "cruxy_triton.passes",
         "cruxy_triton.optimizer",
     },
+    {"cruxy_triton.release"},
     {"cruxy_triton.guard"},
     {"cruxy_triton.integrations"},
     {"cruxy_triton.planner"},
@@ -238,7 +240,7 @@ def files() -> set[str]:
 
 # Files that are cited and belong to somebody else: a run writes them, a model or another project has them.
 ELSEWHERE = {
-    "book.txt", "config.json", "learning_rates.json", "plan.json", "plot.png", "report.md", "run.json", "train_network.py",
+    "book.txt", "config.json", "plan.json", "plot.png", "report.md", "run.json", "train_network.py",
 }  # fmt: skip
 OTHER_PROJECTS = ("aten/", "bitsandbytes/", "c10/", "trl/")
 CITED = re.compile(r"(?<![\w/.:*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|cpp|toml|json|svg|png|txt))(?![\w/*])")

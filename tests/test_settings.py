@@ -43,7 +43,9 @@ VARIED = {
     + [(Card.cpu("8GiB"), {"attention": kind}) for kind in ("sdpa-cpu", "eager")],
     "gradient_checkpointing": [("t4", {"gradient_checkpointing": value}) for value in (True, False)],
     "chunked_loss": [("t4", {"chunked_loss": value}) for value in (True, False)],
-    "method": [("rtx3090", {"method": "lora"})],
+    "release": [("rtx3090", {"method": "full", "release": value}) for value in (False, True)],
+    "method": [("rtx3090", {"method": name}) for name in ("lora", "full")]
+    + [("rtx3090", {"method": "full", "optimizer": name}) for name in settings.STATE_BITS],
     "lora_r": [("t4", {"lora_r": value}) for value in (8, 24)],
     "lora_alpha": [("t4", {"lora_alpha": value}) for value in (3, 17.5)],
     "lora_dropout": [("t4", {"lora_dropout": 0.05})],
@@ -97,18 +99,16 @@ def test_the_variants_are_variants() -> None:
     usual = planned("device", 1).config
     for name in FIELDS:
         configs = [planned(name, number).config for number in range(len(VARIED[name]))]
-        if name != "method":  # full fine-tuning has a test of its own
-            assert any(getattr(config, name) != getattr(usual, name) for config in configs), name
+        assert any(getattr(config, name) != getattr(usual, name) for config in configs), name
 
 
-def test_full_fine_tuning_is_planned_and_not_run(tmp_path: Path) -> None:
-    made = plan(SMALL, "rtx3090", method="full", alternatives=False)
-    assert made.fits
-    assert "finetune cannot run this yet" in render(made)
-    assert "--data" not in render(made)
-    made.save(tmp_path / "plan.json")
-    with pytest.raises(UserError, match="trains LoRA adapters"):
-        Recipe(output="run", data="d", **obeying(str(tmp_path / "plan.json"), {"model": made.hf_id}))
+def test_what_every_weight_learns_with_where_nothing_is_said() -> None:
+    lora, full = (Recipe("m", "d", "o", method=method) for method in ("lora", "full"))
+    assert (lora.optimizer, lora.state_bits, lora.clip) == ("cruxy", 32, "global")
+    assert (full.optimizer, full.state_bits, full.clip) == ("cruxy-lion", None, "tensor")
+    assert (lora.chunked_loss, full.chunked_loss) == (True, None), "planned: what takes less depends on the length"
+    assert full.lr == settings.FULL_LR["cruxy-lion"] < lora.lr / 10
+    assert Recipe("m", "d", "o", method="full", optimizer="adamw").clip == "global", "the norm bounds its steps"
 
 
 def test_the_folder_of_a_local_model_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_choices_are_those_of_the_rooms_below() -> None:
     for optimizer, kinds in settings.STATE_BITS.items():
         for bits in kinds:
             assert codec_of(dataclasses.replace(usual, optimizer=optimizer, state_bits=bits))
-    assert set(settings.DEFAULT_LR) == set(settings.STATE_BITS)
+    assert set(settings.DEFAULT_LR) == set(settings.FULL_LR) == set(settings.STATE_BITS)
 
 
 def test_it_is_data_and_imports_nothing_heavy() -> None:

@@ -51,6 +51,7 @@ class Runs:
         """Runs what is not done yet, and yields each as it ends; each worker is a process of one thread."""
         missing = [cell for cell in cells if cell.key() not in self.done]
         context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
         with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
             futures = [pool.submit(function, cell) for cell in missing]
             try:
@@ -58,8 +59,11 @@ class Runs:
                     run = future.result()
                     self.add(run)
                     yield run
-            finally:
+            except BaseException:  # an interrupted grid does not wait for the runs that have begun
                 pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
+                raise
 
     def add(self, run: Any) -> None:
         self.done[run.key()] = run

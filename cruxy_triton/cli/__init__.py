@@ -19,8 +19,8 @@ from cruxy_triton.settings import suggestion
 COMMANDS = {
     "plan": "does a model train on a card, and with which settings",
     "page": "the planner as a web page: static files for any host",
-    "finetune": "fine-tune a causal language model with LoRA",
-    "generate": "ask a model, or the adapter of a run",
+    "finetune": "fine-tune a causal language model, with LoRA or every weight",
+    "generate": "ask a model, or what a run trained",
     "merge": "base model and adapter as one model for plain transformers",
     "kernels": "cross-compile every kernel; registers, spills, load widths",
     "bench": "the optimizer step against others; the momentum codec",

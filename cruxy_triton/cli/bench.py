@@ -14,6 +14,7 @@ from typing import Any
 
 from cruxy_triton.bench.census import CENSUSES
 from cruxy_triton.cli.arguments import columns
+from cruxy_triton.environment import quiet_libraries, require_train_extra
 from cruxy_triton.errors import UserError
 
 
@@ -57,10 +58,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shakespeare.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
     shakespeare.add_argument("--plot", type=Path, help="file for loss curves, learning rates and phases")
     shakespeare.add_argument("--quick", action="store_true", help="a smaller model, 200 steps, three rates, one seed")
-    for kind in (stress, shakespeare):
+    layerwise = kinds.add_parser("layerwise", help="AdamW alone, under BLADE and under SKETCH-ALIGN")
+    layerwise.add_argument("--data", type=Path, help="text or question/answer JSONL (default: Tiny Shakespeare)")
+    layerwise.add_argument("--contestants", nargs="+", metavar="NAME", help="AdamW and controllers (default: all)")
+    layerwise.add_argument("--peak", type=float, metavar="LR", help="the tuned peak (default: AdamW's best of five)")
+    layerwise.add_argument("--seeds", type=int, default=3, help="runs per cell, 1 to 3 (default: %(default)s)")
+    layerwise.add_argument("--plot", type=Path, help="file for heat maps of the multipliers")
+    layerwise.add_argument("--quick", action="store_true", help="a smaller model, 60 steps, two rates, fp32, one seed")
+    for kind in (stress, shakespeare, layerwise):
         kind.add_argument("--workers", type=int, default=1, help="runs at once, one thread each (default: %(default)s)")
         kind.add_argument("--out", type=Path, help="file for each run as it ends; what it holds is not run again")
-    for kind in (step, codec, rounding, gpu, stress, faults, shakespeare, guard):
+    for kind in (step, codec, rounding, gpu, stress, faults, shakespeare, layerwise, guard):
         kind.add_argument("--json", action="store_true", help="print JSON")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "gpu":
         return run_gpu(args)
     kinds = {"step": run_step, "codec": run_codec, "rounding": run_rounding, "stress": run_stress, "faults": run_faults,
-             "shakespeare": run_shakespeare, "guard": run_guard}  # fmt: skip
+             "shakespeare": run_shakespeare, "layerwise": run_layerwise, "guard": run_guard}  # fmt: skip
     report = kinds[args.kind](args)
     code = report.pop("code", 0)
     if args.json:
@@ -176,6 +184,18 @@ def run_shakespeare(args: argparse.Namespace) -> dict[str, Any]:
     return shakespeare.report(
         quick=args.quick, data=args.data, optimizers=args.optimizers, workers=args.workers, out=args.out,
         plot=args.plot, cache=cache_folder(), say=say,
+    )  # fmt: skip
+
+
+def run_layerwise(args: argparse.Namespace) -> dict[str, Any]:
+    require_train_extra()
+    quiet_libraries()
+    from cruxy_kernels.backends.native import cache_folder
+    from cruxy_triton.bench import layerwise
+
+    return layerwise.report(
+        quick=args.quick, data=args.data, contestants=args.contestants, seeds=args.seeds, workers=args.workers,
+        out=args.out, plot=args.plot, peak=args.peak, cache=cache_folder(), say=say,
     )  # fmt: skip
 
 

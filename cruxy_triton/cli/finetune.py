@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cruxy_triton import settings
 from cruxy_triton.cli.arguments import add_settings
 from cruxy_triton.cli.arguments import given as typed
 from cruxy_triton.environment import quiet_libraries, require_train_extra
@@ -14,12 +15,13 @@ from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
 
 DESCRIPTION = """\
-Fine-tunes a causal language model with LoRA: plans the memory, loads, trains with TRL and CruxyOptimizer,
-evaluates on held-out records before and after, and writes the adapter, run.json, metrics.jsonl, events.jsonl, a
-plot and a one-page report to the output folder.
+Fine-tunes a causal language model, with LoRA or every weight of it: plans the memory, loads, trains with TRL and
+CruxyOptimizer, evaluates on held-out records before and after, and writes the adapter (or the model), run.json,
+metrics.jsonl, events.jsonl, a plot and a one-page report to the output folder.
 
   cruxy-triton finetune --demo
   cruxy-triton finetune TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data train.jsonl --vram 4GiB
+  cruxy-triton finetune TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data train.jsonl --vram 4GiB --method full
   cruxy-triton finetune --resume --output runs/TinyLlama-1.1B-Chat-v1.0-train
 """
 
@@ -42,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require_train_extra()
     quiet_libraries()
+    settings.refuse_adapters(getattr(args, "given", {}), getattr(args, "given", {}).get("method"))
     given = typed(args, "finetune")
     from cruxy_triton.finetune import processes
 
@@ -64,8 +67,12 @@ def _run(args: argparse.Namespace, given: dict[str, Any], together: Any) -> int:
     else:
         say = lambda line: print(line, flush=True)  # noqa: E731
     if args.plan is not None:
-        given = obeying(args.plan, given, args.resume)
+        planned = obeying(args.plan, dict(given), args.resume)
+        settings.refuse_adapters(given, planned["method"])
+        given = planned
     if args.demo:
+        if given.get("method") == "full":
+            raise UserError("--demo shows LoRA, with settings that were tried for it; leave --method full out")
         clash = sorted({"model", "data", "eval_data"} & set(given))
         if clash:
             raise UserError(f"--demo brings its own model and data; leave out {', '.join(clash)}")
@@ -79,8 +86,10 @@ def _run(args: argparse.Namespace, given: dict[str, Any], together: Any) -> int:
         from cruxy_triton.finetune import run as run_module
 
         recipe = run_module.resume_recipe(folder, given)
+        _check_merge(args, recipe)
     else:
         recipe = Recipe(**_complete(given, args.demo))  # checks the settings before anything slow is imported
+        _check_merge(args, recipe)
         folder = RunFolder(recipe.output, overwrite=args.overwrite)
         _check_data_file(recipe.data)
         if args.demo:
@@ -93,6 +102,8 @@ def _run(args: argparse.Namespace, given: dict[str, Any], together: Any) -> int:
             recipe.model, recipe.data = model, str(data)
         from cruxy_triton.finetune import run as run_module
 
+    if record_gradients and recipe.releases:
+        raise UserError("--record-gradients needs --no-release: released gradients are gone before they could be saved")
     display = Progress()
     hooks = run_module.Hooks(say=say, progress=display)
     try:
@@ -131,6 +142,8 @@ def obeying(path: str, given: dict[str, Any], resume: bool = False) -> dict[str,
             continue
         if name == "double_quant" and not plan.config.load_in_4bit:
             continue
+        if plan.config.method == "full" and settings.SETTINGS[name].of_adapters:
+            continue
         if given.setdefault(name, value) != value:
             raise UserError(
                 f"the plan in {path} sets {name} = {value!r}, but {given[name]!r} is given; leave one of them out"
@@ -161,6 +174,11 @@ def _complete(given: dict[str, Any], demo_name: str | None) -> dict[str, Any]:
     return given
 
 
+def _check_merge(args: argparse.Namespace, recipe: Recipe) -> None:
+    if args.merge and recipe.method == "full":
+        raise UserError("--merge is for adapters, and --method full writes a whole model already; leave --merge out")
+
+
 def _check_data_file(path: str) -> None:
     """What can be said of the data before the slow imports."""
     if path and Path(path).is_dir() and not any(Path(path).iterdir()):
@@ -185,7 +203,7 @@ def _finish(result: Any, args: argparse.Namespace, say: Any) -> int:
     for sample in result.samples[:SHOWN_SAMPLES]:
         for key in ("prompt", "expected", "before", "after"):
             say(f"  {key:>8}: {' '.join(sample[key].split())[:200]}")
-    say(f"adapter, report and metrics: {result.folder}")
+    say(f"{'adapter' if (result.folder / 'adapter').is_dir() else 'model'}, report and metrics: {result.folder}")
     if args.json:
         summary = {"folder": str(result.folder), "step": result.step, "before": before, "after": after}
         summary["samples"] = result.samples

@@ -8,7 +8,7 @@ from cruxy_triton.environment import quiet_libraries, require_train_extra
 from cruxy_triton.errors import UserError
 
 DESCRIPTION = """\
-Answers with the model in a folder, or with the adapter of a run or folder on its base model, asked as in its
+Answers with the model in a folder, with what a run trained, or with an adapter on its base model, asked as in its
 training. Without --prompt every line of the terminal (or of standard input) is a turn; an empty line ends.
 
   cruxy-triton generate runs/demo --prompt 'What does shutil.rmtree do?'

@@ -1,1 +1,1 @@
-"""The slow loop: meta-optimization on 0-dim tensors, without reading a value back to the host."""
+"""Controllers above the per-step law, none of which reads a value back to the host: slow loop, layer-wise control."""

@@ -1,4 +1,4 @@
-"""A trained adapter in use: a model of any kind by name (run, adapter, model, Hugging Face id), its answers, the merge.
+"""What was trained in use: a model of any kind by name (run, adapter, model, Hugging Face id), its answers, the merge.
 
 Merging adds scale * B A to each weight in float32 and rounds once to the dtype that is written, so that what plain
 transformers loads answers as base and adapter together do.
@@ -39,7 +39,7 @@ class Source:
 
 
 def find(name: str, base: str | None = None) -> Source:
-    """What `name` stands for: the folder of a run, of an adapter, of a model, or a Hugging Face id.
+    """What `name` stands for: the folder of a run, of its result, of an adapter, of a model, or a Hugging Face id.
 
     `base` takes the place of the base model that the adapter's own config names. Raises UserError for a folder that
     is none of them, and where the base model was a folder that is not here.
@@ -48,18 +48,21 @@ def find(name: str, base: str | None = None) -> Source:
     run: dict[str, Any] = {}
     if (folder / "run.json").is_file():
         run = _read(folder / "run.json")
-        if not (folder / "adapter" / CONFIG).is_file():
+        full = run.get("recipe", {}).get("method") == "full"
+        result, wanted = ("model", "config.json") if full else ("adapter", CONFIG)
+        if not (folder / result / wanted).is_file():
             raise UserError(
-                f"the run in {folder} has no adapter (it is {run.get('status', 'unfinished')}); finish it with "
+                f"the run in {folder} has no {result} (it is {run.get('status', 'unfinished')}); finish it with "
                 f"`cruxy-triton finetune --resume --output {folder}`"
             )
-        folder = folder / "adapter"
+        folder = folder / result
+    elif folder.name in ("adapter", "merged", "model") and (folder.parent / "run.json").is_file():
+        run = _read(folder.parent / "run.json")
+    asked = run.get("records", {}).get("asked")
     if not (folder / CONFIG).is_file():
         if base is not None:
             raise UserError(f"--base is for an adapter, and {name} holds none (no {CONFIG})")
-        return Source(name)
-    if not run and (folder.parent / "run.json").is_file():
-        run = _read(folder.parent / "run.json")
+        return Source(str(folder) if run else name, asked=asked)
     config = _read(folder / CONFIG)
     named = base or config.get("base_model_name_or_path")
     if not named:
@@ -73,7 +76,7 @@ def find(name: str, base: str | None = None) -> Source:
         base=named,
         revision=config.get("revision") if base is None else None,
         adapter=folder,
-        asked=run.get("records", {}).get("asked"),
+        asked=asked,
     )
 
 

@@ -2,6 +2,7 @@
 
     run.json       settings, versions, seed, plan and results      metrics.jsonl  one line per step or evaluation
     adapter/       the LoRA adapter, loadable with peft            report.md, plot.png
+    model/         in its place with --method full: the model, loadable with transformers
     checkpoints/   checkpoint-<step>, the newest two               gradients/     with --record-gradients
     events.jsonl   what the guard saw and did                      snapshots/     what it goes back to, until the end
 
@@ -92,9 +93,9 @@ class RunFolder:
     def snapshots(self) -> Path:
         return self.path / "snapshots"
 
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
+    def trained(self, method: str) -> Path:
+        """Where the result goes of a run that trains adapters ("lora") or every weight ("full")."""
+        return self.path / {"lora": "adapter", "full": "model"}[method]
 
     @property
     def checkpoints(self) -> Path:
@@ -128,9 +129,11 @@ class RunFolder:
         """
         existing = next(p for p in (self.path, *self.path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
+        if self.resuming:  # what lies there already is part of what is needed
+            free += sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
         if free < needed_bytes:
             raise UserError(
-                f"{self.path} needs about {needed_bytes / MIB:,.0f} MiB for checkpoints and adapter, and the disk has "
+                f"{self.path} needs about {needed_bytes / MIB:,.0f} MiB for checkpoints and results, and the disk has "
                 f"{free / MIB:,.0f} MiB free; make room or give another --output"
             )
         try:

@@ -79,6 +79,11 @@ def config_of(recipe: Recipe) -> Any:
                 f"model {recipe.model} is quantized already, with {method}; expected plain weights, or the 4-bit ones "
                 "of bitsandbytes"
             )
+        if recipe.method == "full":
+            raise UserError(
+                f"model {recipe.model} is kept in 4 bits, and 4-bit weights cannot learn; give the plain model that it "
+                "was made of, or leave --method full out"
+            )
         recipe.load_in_4bit = True
         recipe.double_quant = bool(quantization.get("bnb_4bit_use_double_quant"))
     return config
@@ -172,12 +177,18 @@ class Weights:
 
 
 def model_of(
-    recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, attention: str | None = None
+    recipe: Recipe,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    checkpoint: Path | None = None,
 ) -> tuple[Any, Weights]:
     """The base model, frozen, on `device`, in `dtype` or in 4-bit NF4 (bitsandbytes), and what was loaded.
 
-    `attention` is "sdpa" or "eager", what the plan counts with; None leaves transformers' choice. Raises UserError
-    where weights are missing, damaged or of another shape, and where NF4 was asked for and not had.
+    `attention` is "sdpa" or "eager", what the plan counts with; None leaves transformers' choice. `checkpoint` is a
+    folder with weights to take in place of the base's. Raises UserError where weights are missing, damaged or of
+    another shape, and where NF4 was asked for and not had.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -195,9 +206,9 @@ def model_of(
             config.quantization_config = {**already, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            recipe.model,
+            recipe.model if checkpoint is None else str(checkpoint),
             config=config,
-            revision=recipe.revision,
+            revision=recipe.revision if checkpoint is None else None,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
             attn_implementation=attention,
@@ -235,7 +246,7 @@ def _check_loaded(recipe: Recipe, info: dict[str, Any]) -> None:
         shown = "; ".join(f"{name} {what}" for name, what in wrong[:3]) + ("; ..." if len(wrong) > 3 else "")
         raise UserError(
             f"{len(wrong)} weights of {recipe.model} cannot be used: {shown}. They would be random numbers, different "
-            "in each run, and the adapter worthless: expected all weights that config.json describes"
+            "in each run, and what is trained worthless: expected all weights that config.json describes"
         )
 
 

@@ -17,7 +17,7 @@ from cruxy_triton.planner.search import step_of
 from cruxy_triton.planner.timeline import timeline
 
 MIB = 1 << 20
-PLANNED = [name for name, setting in settings.SETTINGS.items() if setting.left_open == "planned"]
+PLANNED = [name for name, setting in settings.SETTINGS.items() if "planned" in setting.left_open]
 
 
 def card_of(recipe: Recipe, device: torch.device, processes: int = 1) -> Card:
@@ -37,7 +37,8 @@ def make_plan(
     card: Card | None = None,
     processes: int = 1,
 ) -> Plan:
-    """The plan for `recipe`, whose open settings (sequence length, micro-batch, checkpointing, attention) it decides.
+    """The plan for `recipe`, whose open settings (sequence length, micro-batch, checkpointing, attention; of a full
+    fine-tuning also the loss and the bits of the optimizer's state) it decides.
 
     In this order of preference: the whole length, then no checkpointing, then the largest micro-batch; the
     optimizer step always sees `batch_size` sequences, so the last two change speed and not the result. The plan is that
@@ -68,6 +69,14 @@ def _too_small(nearest: Plan, recipe: Recipe) -> str:
     remedy = "--load-in-4bit, a smaller --lora-r or a smaller model"
     if recipe.load_in_4bit:
         remedy = "a smaller --lora-r or a smaller model"
+    elif recipe.method == "full":
+        possible = {
+            "--optimizer cruxy-lion": nearest.config.optimizer != "cruxy-lion",
+            "--release": not recipe.release,
+            "--batch-size 1": recipe.release and nearest.config.batch_size > 1,
+            "--method lora": True,
+        }
+        remedy = ", ".join(flag for flag, helps in possible.items() if helps) + " or a smaller model"
     if nearest.needed is not None and nearest.needed.change.startswith("a card"):
         remedy += f", or {nearest.needed.change}"
     return (

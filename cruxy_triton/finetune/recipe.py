@@ -16,10 +16,10 @@ from cruxy_triton.settings import Settings
 class Recipe(Settings):
     """The settings of one run, all of `cruxy_triton.settings.Settings`; raises UserError for one that is no good."""
 
-    def __post_init__(self) -> None:
-        if self.method == "full":
-            raise UserError("--method full: finetune trains LoRA adapters; only plan knows full fine-tuning yet")
-        super().__post_init__()
+    @property
+    def releases(self) -> bool:
+        """Whether each layer learns in the backward pass."""
+        return self.method == "full" and self.release
 
     @property
     def gradient_accumulation_steps(self) -> int:

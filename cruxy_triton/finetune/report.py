@@ -1,10 +1,12 @@
-"""What a run leaves behind: the adapter with its card, the plot by step, and the one-page report in Markdown."""
+"""What a run leaves behind: adapter or model with its card, the plot by step, and the one-page report in Markdown."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-from cruxy_triton import files
+from cruxy_triton import files, settings
+from cruxy_triton.finetune import full
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.guard import Regime
 from cruxy_triton.guard import plot as guard_plot
@@ -13,26 +15,28 @@ MIB = 1 << 20
 SHOWN_SAMPLES = 5
 SHOWN_EVENTS = 20
 CARD_SETTINGS = (
-    "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "target_modules",
-    "optimizer", "mode", "lr", "lr_schedule",
+    "method", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "target_modules",
+    "optimizer", "state_bits", "mode", "clip", "lr", "lr_schedule",
     "warmup_fraction", "weight_decay", "batch_size", "max_seq_length", "load_in_4bit", "seed",
 )  # fmt: skip
 CHART = "memory.svg"  # written by memory.draw, for the model types that the planner walks
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
-    """Writes adapter/ (peft weights and config, tokenizer, a card), complete or not at all."""
-    partial = folder.path / ".adapter.partial"
-    # Embeddings are never resized, so that peft need not load the base's config again to compare.
-    model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+def save(model: Any, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
+    """Writes adapter/, or of a run that trains every weight model/: weights, config, tokenizer, a card; complete or
+    not at all."""
+    method, base = run["recipe"]["method"], run["recipe"]["model"]
+    target = folder.trained(method)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    full.write_weights(model, partial)
     tokenizer.save_pretrained(partial)
-    base = run["recipe"]["model"]
-    licence = _licence(Path(base))
-    lines = ["---", f"base_model: {_shared_name(base)}", "library_name: peft", *licence, "---", "", *_card(run), ""]
+    library = f"library_name: {'peft' if method == 'lora' else 'transformers'}"
+    lines = ["---", f"base_model: {_shared_name(base)}", library, *_licence(Path(base)), "---", "", *_card(run), ""]
     (partial / "README.md").write_text("\n".join(lines), encoding="utf-8")
     for path in partial.iterdir():
         files.make_readable(path)
-    files.move_folder(partial, folder.adapter)
+    files.move_folder(partial, target)
 
 
 def _shared_name(model: str) -> str:
@@ -41,16 +45,20 @@ def _shared_name(model: str) -> str:
 
 
 def _card(run: dict[str, Any]) -> list[str]:
-    """What whoever finds the adapter alone has to know: its base, how it was trained, what it reached."""
+    """What whoever finds the result alone has to know: its base, how it was trained, what it reached."""
     recipe, result = run["recipe"], run["result"]
     before, after = result["before"], result["after"]
     base, shared = recipe["model"], _shared_name(recipe["model"])
     data = Path(recipe["data"]).name if Path(recipe["data"]).exists() else recipe["data"]
+    adapter = recipe["method"] == "lora"
+    made = f"made by cruxy-triton {run['versions'].get('cruxy-triton', '')} from {data}."
     lines = [
-        f"LoRA adapter for {shared}, made by cruxy-triton {run['versions'].get('cruxy-triton', '')} from "
-        f"{data}. It is of use with that model only, whose licence applies to it too.",
+        f"LoRA adapter for {shared}, {made} It is of use with that model only, whose licence applies to it too."
+        if adapter
+        else f"{shared} with every weight trained on, {made} That model's licence applies to it too. The weights are "
+        f"in {run['dtype']}.",
     ]
-    if Path(base).is_dir():
+    if Path(base).is_dir() and adapter:
         same = f"; by its card it is {shared} in another form" if shared != base else ""
         lines += [
             "",
@@ -68,7 +76,8 @@ def _card(run: dict[str, Any]) -> list[str]:
         f"| after {result['step']} steps | |",
         "|---|---|",
     ]
-    return lines + [f"| {name} | {recipe[name]} |" for name in CARD_SETTINGS if recipe[name] is not None]
+    names = [name for name in CARD_SETTINGS if adapter or not settings.SETTINGS[name].of_adapters]
+    return lines + [f"| {name} | {recipe[name]} |" for name in names if recipe[name] is not None]
 
 
 def _header(model: Path, field: str) -> list[str]:
@@ -180,6 +189,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     median = seconds[len(seconds) // 2] if seconds else float("nan")
     asked = sum(row["lr"] for row in steps) if any(row.get("lr_used") is not None for row in steps) else 0
     used = sum(row.get("lr_used", row["lr"]) or 0 for row in steps)
+    adapter = recipe["method"] == "lora"
     lines = [
         f"# Fine-tuning {recipe['model']}",
         "",
@@ -217,8 +227,11 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"bits; gradient checkpointing {'on' if recipe['gradient_checkpointing'] else 'off'} |",
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
         f"{', '.join(recipe['target_modules'])}{', scaled by 1/sqrt(r)' if recipe['use_rslora'] else ''}: "
-        f"{run['trainable_parameters']:,} parameters (float32) |",
-        f"| optimizer | {recipe['optimizer']}"
+        f"{run['trainable_parameters']:,} parameters (float32) |"
+        if adapter
+        else f"| trained | every weight: {run['trainable_parameters']:,} parameters ({run['dtype']})"
+        f"{', each layer in the backward pass' if recipe['release'] else ''} |",
+        f"| optimizer | {recipe['optimizer']}, state in {recipe['state_bits']} bits"
         + (f", mode {recipe['mode']}" if recipe["optimizer"].startswith("cruxy") else "")
         + f", learning rate {run['lr']:g} ({recipe['lr_schedule']}, warm-up {recipe['warmup_fraction']:g})"
         + (f", of which control used {used / asked:.0%}" if asked else "")
@@ -232,20 +245,22 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if guard := result.get("guard"):
         lines += ["", "## The guard", "", *_guard(guard)]
     lines += _samples(run["samples"])
-    lines += [
-        "",
-        "## Using the adapter",
-        "",
-        "```python",
+    used_with_peft = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"base = AutoModelForCausalLM.from_pretrained({recipe['model']!r}{revision}, dtype='auto')",
         "model = PeftModel.from_pretrained(base, 'adapter')  # the folder beside this report",
         "tokenizer = AutoTokenizer.from_pretrained('adapter')",
-        "```",
-        "",
     ]
+    used_alone = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        "model = AutoModelForCausalLM.from_pretrained('model', dtype='auto')  # the folder beside this report",
+        "tokenizer = AutoTokenizer.from_pretrained('model')",
+    ]
+    code = used_with_peft if adapter else used_alone
+    lines += ["", f"## Using the {'adapter' if adapter else 'model'}", "", "```python", *code, "```", ""]
     return "\n".join(lines)
 
 

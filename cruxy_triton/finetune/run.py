@@ -1,4 +1,4 @@
-"""One fine-tuning run from a recipe to an adapter: check, plan, load, evaluate, train, evaluate, report.
+"""One fine-tuning run from a recipe to an adapter or a model: check, plan, load, evaluate, train, evaluate, report.
 
 Everything that can refuse the input comes before `RunFolder.begin`, the first thing that writes.
 """
@@ -21,7 +21,7 @@ from cruxy_triton import files
 from cruxy_triton.environment import require_reporter, versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import load, memory, processes, report
+from cruxy_triton.finetune import full, load, memory, processes, report
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
@@ -33,9 +33,9 @@ RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens", "report_to"}
 PATHS = ("model", "data", "eval_data")
 TEXT_PROMPT_TOKENS = 32
 MIN_APPLIED = 0.1  # of a run's steps; one with fewer has failed
-ENDED = ("finished", "diverged", "stopped")  # with an adapter and a report
-# Of an optimizer's state and the adapter, in float32: how many there may be on the disk at once, in the checkpoints and
-# in the guard's snapshots (those at hand, and those that the last two checkpoints refer to).
+ENDED = ("finished", "diverged", "stopped")  # with a result and a report
+# Of what is trained and the optimizer's state: how many there may be on the disk at once, in the checkpoints and in the
+# guard's snapshots (those at hand, and those that the last two checkpoints refer to).
 COPIES_IN_CHECKPOINTS, COPIES_IN_SNAPSHOTS = KEPT_CHECKPOINTS + 1, 7
 
 
@@ -149,6 +149,9 @@ class _Run:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
         recipe, say = self.recipe, self.hooks.say
         require_reporter(recipe.report_to)
+        if self.processes.count > 1 and (recipe.method == "full" or recipe.layerwise != "none"):
+            odd = "--method full" if recipe.method == "full" else f"--layerwise {recipe.layerwise}"
+            raise UserError(f"{odd} is for one process, and these are {self.processes.count}; leave out one of the two")
         part, rest = divmod(recipe.batch_size, self.processes.count)
         if rest or part % (recipe.micro_batch_size or 1):
             raise UserError(
@@ -156,6 +159,8 @@ class _Run:
                 f"micro-batches of {recipe.micro_batch_size or 1}; give a multiple of their product"
             )
         self.dtype = load.dtype_of(recipe, self.device)
+        for note in full.check(recipe, self.dtype):
+            say(note)
         self.config = load.config_of(recipe)
         limit = load.max_length_of(self.config)
         if limit is not None and recipe.max_seq_length is not None and recipe.max_seq_length > limit:
@@ -249,12 +254,19 @@ class _Run:
             processes=self.processes,
         )  # fmt: skip
         self.lengths["sequences"] = self.trainer.sequences
-        self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in self.parameters)
         self.dtype_name = "nf4" if recipe.load_in_4bit else str(self.dtype).removeprefix("torch.")
         say(
             f"model: {recipe.model}, {self.dtype_name} on {self.device} ({self.weights}); {self.trainable:,} trainable "
-            f"parameters in {sum(p.requires_grad for p in self.model.parameters())} adapter tensors"
+            f"parameters in {len(self.parameters)} {'' if recipe.method == 'full' else 'adapter '}tensors"
         )
+        if recipe.guard == "act" and not full.keeps_snapshots(recipe, self.parameters):
+            size = full.copy_bytes(recipe, self.parameters)[1]
+            say(
+                f"note: the guard keeps no snapshots of {size / memory.MIB:,.0f} MiB each: it clips, skips, lowers the "
+                "rate and stops, but does not go back; --resume does, to a checkpoint"
+            )
         with self.processes.together():
             for note in self.trainer.try_out():
                 say(note)
@@ -273,18 +285,22 @@ class _Run:
     def _load_model(self) -> None:
         recipe = self.recipe
         attention = load.use_attention(recipe.attention, self.device)
-        base, self.weights = load.model_of(recipe, self.config, self.device, self.dtype, attention)
+        whole = recipe.method == "full"  # then a checkpoint has all weights
+        base, self.weights = load.model_of(
+            recipe, self.config, self.device, self.dtype, attention, self.checkpoint if whole else None
+        )
         if self.weights.beyond:
             assert self.plan is not None
             self.hooks.say(memory.larger(self.plan, recipe, self.weights.beyond))
-        self.model = load.add_lora(base, recipe)
+        self.model = base.requires_grad_(True) if whole else load.add_lora(base, recipe)
 
     def _begin(self) -> dict[str, Any]:
         """The first process makes the folder; what the run is, for all of them."""
         recipe, folder = self.recipe, self.folder
-        copies = COPIES_IN_CHECKPOINTS + (COPIES_IN_SNAPSHOTS if recipe.guard == "act" else 0)
-        # float32: the adapter, and in each copy adapter and two values of optimizer state
-        folder.begin(4 * self.trainable * (1 + 3 * copies))
+        copies = COPIES_IN_CHECKPOINTS
+        copies += COPIES_IN_SNAPSHOTS if full.keeps_snapshots(recipe, self.parameters) else 0
+        result, copy_bytes = full.copy_bytes(recipe, self.parameters)
+        folder.begin(result + copies * copy_bytes)
         data, device = self.data, self.device
         self.run: dict[str, Any] = self.saved or {
             "status": "running",
@@ -367,14 +383,15 @@ class _Run:
             step = 0 if saved is None else step_of(saved)
             return Result(folder.path, False, step, run["before"], None, [], interruption.number)
         if status == "stopped":
-            raise TrainingFailed(f"{run['stopped']} Adapter and report are in {folder.path}")
+            result = "Model" if self.recipe.method == "full" else "Adapter"
+            raise TrainingFailed(f"{run['stopped']} {result} and report are in {folder.path}")
         if status == "diverged":
             raise TrainingFailed(f"the held-out loss is not finite after training; see {folder.path / 'report.md'}")
         result = run["result"]
         return Result(folder.path, True, result["step"], result["before"], result["after"], run["samples"])
 
     def _conclude(self, telemetry: Any) -> str:
-        """Evaluation, adapter and report; returns the run's last status."""
+        """Evaluation, result and report; returns the run's last status."""
         run, folder, trainer = self.run, self.folder, self.trainer
         guard = trainer.guard
         if guard is not None:
@@ -393,9 +410,10 @@ class _Run:
         rows = [row for row in folder.read_metrics() if "seconds" in row]
         skipped = sum(row.get("skipped", 0) for row in rows)
         if status == "finished" and len(rows) - skipped < MIN_APPLIED * len(rows):
+            lower = "--lr" if self.recipe.method == "full" else "--lora-alpha or --lr"
             status, run["stopped"] = "stopped", (
                 f"{skipped} of {len(rows)} steps were skipped, because their loss or gradients were not finite or far "
-                "out, so that next to nothing was learned; lower --lora-alpha or --lr, or give --dtype float32."
+                f"out, so that next to nothing was learned; lower {lower}, or give --dtype float32."
             )
         run["result"] = {
             "step": step,
@@ -415,7 +433,7 @@ class _Run:
                 "events": [event.line() for event in guard.log if event.kind != guard_events.REGIME],
             }
         with files.writing(folder.path):
-            report.save_adapter(self.model, self.tokenizer, folder, run)
+            report.save(self.model, self.tokenizer, folder, run)
             memory.draw(folder.path / report.CHART, self.plan, self.shape, self.card, run["result"])
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)

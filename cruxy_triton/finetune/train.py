@@ -25,15 +25,19 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from cruxy_triton import files
+from cruxy_triton.controllers.attach import Attached, attach_blade, attach_sketch_align
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune import full
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.processes import Processes
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
 from cruxy_triton.guard.events import SKIP
+from cruxy_triton.guard.released import ReleasedGuard
 from cruxy_triton.integrations.transformers import CruxyCallback
 from cruxy_triton.optimizer import CruxyOptimizer
+from cruxy_triton.release import Released, release_gradients
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -44,18 +48,19 @@ TENSOR_RATIO = 1.05  # and under --clip tensor: AdaGC's multiple of a tensor's o
 
 
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
-    """The adapters' parameters; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
+    """The parameters that learn; with LoRA+ (arXiv 2402.12354) in two groups, the B matrices at a larger rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_larger = ["lora_B" in name or "lora_embedding_B" in name for name, _ in named]
+    # Names only where they say the layers: they stand in checkpoints.
+    given: list[Any] = list(named) if recipe.layerwise != "none" else [p for _, p in named]
     if recipe.loraplus_lr_ratio == 1:
-        return [p for _, p in named]
-    larger = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
-    known = {id(p) for p in larger}
-    others = [p for _, p in named if id(p) not in known]
+        return given
+    larger, others = ([p for p, b in zip(given, is_larger, strict=True) if b is which] for which in (True, False))
     return [{"params": others}, {"params": larger, "lr": recipe.lr * recipe.loraplus_lr_ratio}]
 
 
 def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `parameters` (float32 adapters, or groups of them)."""
+    """The recipe's optimizer over `parameters`, or groups of them."""
     if recipe.optimizer in ("adamw", "sgd"):
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
         return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -67,21 +72,37 @@ def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimiz
         use_lion=recipe.optimizer == "cruxy-lion",
         state_bits=recipe.state_bits,
         clip=None if recipe.clip == "none" else recipe.clip,
+        layerwise=None if recipe.layerwise == "none" else recipe.layerwise,
     )
 
 
-def policy_of(recipe: Recipe, processes: Processes) -> Policy | None:
-    """What the recipe's guard may do; None where it is off."""
+def make_guard(
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    folder: RunFolder,
+    processes: Processes,
+    released: Released | None = None,
+) -> TrainingGuard | None:
+    """The recipe's guard, on the optimizer from now on; None where it is off."""
     if recipe.guard == "off":
         return None
-    return Policy(
+    learning = [p for p in model.parameters() if p.requires_grad]
+    kept = full.keeps_snapshots(recipe, learning)
+    tensors = recipe.clip == "tensor" and not isinstance(optimizer, CruxyOptimizer)
+    policy = Policy(
         act=recipe.guard == "act",
         clip=recipe.clip != "none",
-        tensor_ratio=TENSOR_RATIO if recipe.clip == "tensor" and recipe.optimizer in ("adamw", "sgd") else None,
+        tensor_ratio=TENSOR_RATIO if tensors else None,
         # All on disk: a resumed run finds them again, and the plan's memory stays the run's. Of several processes each
         # keeps its own in host memory.
         snapshot_max_bytes=0 if processes.count == 1 else Policy().snapshot_max_bytes,
     )
+    snapshots = folder.snapshots if kept and processes.count == 1 else None
+    settings: Any = {"events": folder.events, "snapshots": snapshots, "raise_on_stop": False}
+    if released is not None:
+        return ReleasedGuard(released, optimizer, model, policy, **settings)
+    return TrainingGuard(optimizer, model, policy, **settings)
 
 
 def lr_factor(schedule: str, step: int, warmup: int, total: int) -> float:
@@ -101,8 +122,8 @@ def _known(value: float) -> float | None:
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters; `rows`, to train on and held out, are
-    as `data.fit` makes them."""
+    """SFTTrainer for one recipe. `model` is a peft model with float32 adapters, or one of which every weight learns;
+    `rows`, to train on and held out, are as `data.fit` makes them."""
 
     def __init__(
         self,
@@ -124,6 +145,8 @@ class Trainer(SFTTrainer):
         self.folder = folder
         self.dtype = dtype
         self.processes = processes
+        self.layers: Attached | None = None  # from `create_optimizer` on, as the next
+        self.released: Released | None = None
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -140,11 +163,14 @@ class Trainer(SFTTrainer):
             packing_strategy="wrapped",
             gradient_checkpointing=bool(recipe.gradient_checkpointing),
             gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
-            bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16,
+            # Weights that learn in the backward pass are computed with as they are, under a loss scale of their own.
+            bf16=dtype is torch.bfloat16 and not recipe.releases,
+            fp16=dtype is torch.float16 and not recipe.releases,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             max_grad_norm=0.0,  # clipped in the step, by the optimizer or after the guard has seen the gradients
+            # Only a router leaves an adapter without a gradient.
+            ddp_find_unused_parameters=hasattr(model.config.get_text_config(), "output_router_logits"),
             save_strategy="steps",
             save_steps=recipe.save_steps,
             save_only_model=False,
@@ -156,7 +182,8 @@ class Trainer(SFTTrainer):
             seed=recipe.seed,
             data_seed=recipe.seed,
         )
-        adapters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        adapters = {n: p.detach().clone() for n, p in learning.items()} if recipe.method == "lora" else {}
         super().__init__(
             model=model,
             args=args,
@@ -166,7 +193,7 @@ class Trainer(SFTTrainer):
         )
         # TRL turns the adapters of a quantized model into bfloat16, which pre-Ampere cards only emulate.
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in adapters:
                 parameter.data = adapters[name]
         # TRL's counts stay those of this process; they are added up once per step and evaluation.
         self.accelerator.gather_for_metrics = lambda value, *_, **__: value
@@ -179,9 +206,6 @@ class Trainer(SFTTrainer):
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(folder.path / "tensorboard")
         self.cruxy = CruxyCallback(
-            policy_of(recipe, processes),
-            events=folder.events,
-            snapshots=folder.snapshots if processes.count == 1 else None,
             label=lambda step: Batch(self.step_ids, self.processing_class, processes),
             settle=True,  # the host waits for each step's loss, to write it down
         ).attach(self)
@@ -194,13 +218,28 @@ class Trainer(SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.recipe, parameter_groups(self.recipe, self.peft_model))
+        ours = isinstance(self.optimizer, CruxyOptimizer)
+
+        def hand_on(optimizer: Any, *_: Any) -> None:
+            entropy = _known(self.step_entropy / max(1, self.step_trained))
+            if not ours and self.layers is not None:
+                self.layers.observe(self.cruxy.loss, entropy)
+            elif ours and entropy is not None:
+                optimizer.set_entropy(entropy)
 
         def clip(*_: Any) -> None:
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
 
         # In this order: the guard judges, and names, the gradients as they came.
-        self.cruxy.watch(self.optimizer, self.peft_model)
-        if self.recipe.clip == "global" and not isinstance(self.optimizer, CruxyOptimizer):
+        self.optimizer.register_step_pre_hook(hand_on)
+        if self.recipe.layerwise != "none" and not ours:
+            attach = attach_blade if self.recipe.layerwise == "blade" else attach_sketch_align
+            self.layers = attach(self.optimizer, self.peft_model)
+        if self.recipe.releases:
+            self.released = release_gradients(self.peft_model, self.optimizer).attach(self)
+        guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder, self.processes, self.released)
+        self.cruxy.watch(self.optimizer, self.peft_model, guard=guard)
+        if self.recipe.clip == "global" and not ours:
             self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
 
@@ -224,15 +263,23 @@ class Trainer(SFTTrainer):
     def _start_step(self) -> None:
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
         self.step_right = 0.0  # labels that the model put first
+        self.step_entropy = 0.0  # of its output, summed over labels (nats)
         self.step_ids: list[torch.Tensor] = []  # of each micro-batch
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         trained = _label_count(inputs)
-        self.step_tokens += int(inputs["attention_mask"].sum())
+        real = (inputs["labels"] != -100).any(1, keepdim=True)  # not a row of `Padded`
+        self.step_tokens += int((inputs["attention_mask"] * real).sum())
         self.step_ids.append(inputs["input_ids"])
+        if isinstance(self.guard, ReleasedGuard):
+            self.guard.begin()
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if isinstance(self.guard, ReleasedGuard):
+            self.guard.end()
         self.step_trained += trained
-        self.step_right += self._take_accuracy("train") * trained
+        accuracy, entropy = self._take("train")
+        self.step_right += accuracy * trained
+        self.step_entropy += entropy * trained
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,12 +287,12 @@ class Trainer(SFTTrainer):
         trainer: Any = super() if self.recipe.chunked_loss else super(SFTTrainer, self)
         return trainer.compute_loss(*args, **kwargs)
 
-    def _take_accuracy(self, mode: str) -> float:
-        """TRL's accuracy of the last batch: the part of the labels that the model put first."""
-        seen = self._metrics[mode]["mean_token_accuracy"]
-        accuracy = seen[-1] if seen else math.nan  # transformers' own loss does not count
+    def _take(self, mode: str) -> tuple[float, float]:
+        """TRL's figures of the last batch: the part of the labels that the model put first, its output's entropy."""
+        seen = [self._metrics[mode][name] for name in ("mean_token_accuracy", "entropy")]
+        accuracy, entropy = (values[-1] if values else math.nan for values in seen)  # transformers' own loss has none
         self._metrics[mode].clear()
-        return accuracy
+        return accuracy, entropy
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own report takes its place."""
@@ -254,8 +301,12 @@ class Trainer(SFTTrainer):
         return str(self.folder.checkpoints / ".partial")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Embeddings are never resized, so that peft need not load the base's config again to compare.
-        self.peft_model.save_pretrained(output_dir, save_embedding_layers=False)
+        assert output_dir is not None
+        full.write_weights(self.peft_model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.recipe.method == "lora":  # else the model was loaded from there in the first place
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         partial = Path(self._get_output_dir(trial))
@@ -278,7 +329,7 @@ class Trainer(SFTTrainer):
             self.cruxy.load(Path(checkpoint))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
-        """Takes adapters and step from `checkpoint` if it is that of the last step, after which no step may follow."""
+        """Takes step and result from `checkpoint` if it is that of the last step, after which no step may follow."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
             return False
@@ -313,7 +364,8 @@ class Trainer(SFTTrainer):
         total = torch.zeros((), dtype=torch.float64)
         tokens = sequences = 0
         right = 0.0
-        one = torch.ones((), device=self.args.device)  # sum instead of mean
+        # The sum instead of the mean; of several processes each multiplies its loss by their number.
+        one = torch.full((), float(self.processes.count), device=self.args.device)
         with self._evaluating():
             for batch in self._held_out_batches():
                 batch = self._prepare_inputs(batch)
@@ -321,7 +373,7 @@ class Trainer(SFTTrainer):
                 tokens += count
                 sequences += len(batch["labels"])
                 total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
-                right += self._take_accuracy("eval") * count
+                right += self._take("eval")[0] * count
         parts = self.processes.gather((float(total), tokens, sequences, right))
         total, tokens, sequences, right = (sum(values) for values in zip(*parts, strict=True))
         loss = total / tokens
@@ -480,6 +532,18 @@ class Telemetry(TrainerCallback):
         # Under DDP each process's loss is divided by the tokens of all and multiplied by their number.
         row: dict[str, Any] = {"step": state.global_step, "loss": total / len(parts), "lr": float(cruxy.lr)}
         row |= cruxy.numbers(state.global_step)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        if isinstance(optimizer, CruxyOptimizer):
+            multipliers = optimizer.layer_multipliers()
+        else:
+            multipliers = {} if trainer.layers is None else trainer.layers.multipliers()
+        if multipliers:
+            row["multipliers"] = {name.removeprefix("base_model.model."): m for name, m in multipliers.items()}
+        if trainer.released is not None:  # the optimizer's own numbers are of the step before
+            found = trainer.released.metrics()
+            scaled = ["loss_scale"] if trainer.dtype is torch.float16 else []
+            row |= {name: found[name] for name in ("grad_norm", "max_grad", "nonfinite", *scaled)}
+            row["skipped"] = int(found["nonfinite"] > 0 or not math.isfinite(row["loss"]))
         row["skipped"] = int(self._was_skipped(row))
         row["accuracy"] = _known(right / max(1, trained))
         row |= {"epoch": state.epoch, "tokens": tokens, "seconds": now - self.last}

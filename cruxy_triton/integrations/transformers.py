@@ -92,13 +92,17 @@ class CruxyCallback(TrainerCallback):
         self._trainer = trainer
         return self
 
-    def watch(self, optimizer: Any, model: Any, folder: str | os.PathLike[str] = "") -> None:
+    def watch(
+        self, optimizer: Any, model: Any, folder: str | os.PathLike[str] = "", guard: TrainingGuard | None = None
+    ) -> None:
         """Be about this optimizer from now on; the Trainer's is found when training begins.
 
-        folder: where a relative file of events lies. Raises TypeError for an optimizer that is none of torch's.
+        folder: where a relative file of events lies. guard: one that is on the optimizer already, in place of one by
+        the policy. Raises TypeError for an optimizer that is none of torch's.
         """
         self._optimizer = unwrap(optimizer)
-        if self.policy is None:
+        self.guard = guard
+        if self.policy is None or guard is not None:
             return
         events = None if self.events is None else Path(folder) / self.events
         if events is not None:

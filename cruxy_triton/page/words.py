@@ -11,7 +11,7 @@ from cruxy_triton.planner.card import MiB
 from cruxy_triton.planner.markup import Markup, joined, tag
 from cruxy_triton.planner.picture import LEFT, RIGHT, STACK, WIDTH, bar, chart, gib, kind, says, texts
 from cruxy_triton.planner.plan import Configuration, Option, Plan
-from cruxy_triton.planner.render import MEANING, NO_COMMAND, describe, finetune_command
+from cruxy_triton.planner.render import MEANING, describe, finetune_command
 from cruxy_triton.planner.timeline import Moment
 
 
@@ -143,8 +143,6 @@ def _otherwise(plan: Plan, links: bool) -> Markup:
 def _command(plan: Plan) -> Markup:
     if not plan.fits:
         return Markup()
-    if plan.config.method != "lora":
-        return tag("section", tag("h3", "To run it"), tag("p", NO_COMMAND))
     command = tag("pre", tag("code", finetune_command(plan)), tabindex=0, aria_label="Command")
     copy = tag("button", "Copy", type="button", class_="copy", hidden=True)
     install = tag("p", "Install with ", tag("code", "pip install 'cruxy-triton[train]'"), ".", class_="note")

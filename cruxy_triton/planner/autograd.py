@@ -231,10 +231,11 @@ def _alone(tensor: Tensor) -> bool:
     return not tensor.view and sys.getrefcount(tensor) <= 4 and sys.getrefcount(tensor.storage) <= 2
 
 
-def backward(tape: Tape, root: Tensor) -> None:
+def backward(tape: Tape, root: Tensor, accumulated: Callable[[Parameter], None] | None = None) -> None:
     """Run the recorded graph back from `root`, newest node first, as torch's engine does.
 
-    Each part of the model is a phase of its own, `backward:<scope>`.
+    Each part of the model is a phase of its own, `backward:<scope>`. `accumulated` is called with each parameter that
+    has its gradient whole (torch's register_post_accumulate_grad_hook).
     """
     assert root.node is not None
     buffers: dict[Node | Parameter, Tensor] = {root.node: tape.new(root.n, root.b)}
@@ -275,6 +276,8 @@ def backward(tape: Tape, root: Tensor) -> None:
                 edge.uses -= 1
                 if edge.uses == 0:
                     _accumulate(tape, edge, buffers.pop(edge))
+                    if accumulated is not None:
+                        accumulated(edge)
     tape.component = "activations"
 
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from cruxy_triton.planner import operations as ops
 from cruxy_triton.planner.autograd import Parameter, Tape, Tensor, operation
+from cruxy_triton.planner.shape import ModelShape
 from cruxy_triton.planner.step import Step
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768  # trl/kernels/chunked_logprob.py, trl/trainer/utils.py (1.16)
+
+
+def tiles_pay(shape: ModelShape, tokens: int, width: int) -> bool:
+    """Whether full fine-tuning of weights of `width` bytes takes less memory with the loss in tiles.
+
+    Whole logits take 12 bytes per token and word of the vocabulary, tiles their own space and the gradient of the head
+    in float32; a tied head's gradient from whole logits is a view, to which the embedding's cannot be added in place.
+    """
+    table, tied = shape.vocab_size * shape.hidden_size, shape.tie_word_embeddings
+    narrow = width * table
+    whole = max(12 * shape.vocab_size * tokens, 3 * narrow if tied else 0)
+    tiled = 4 * table + (narrow if width != 4 else 0) + width * min(tokens, TILE_TOKENS) * TILE_VOCABULARY
+    return max(tiled, 2 * narrow if tied else 0) < whole
 
 
 def stock_loss(tape: Tape, step: Step, x: Tensor, head: Parameter) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # State bits: (values per byte, values that share one 2-byte scale or 0): `cruxy_kernels.CODECS`, without torch.
 CODECS = {32: (0.25, 0), 8: (1, 64), 4: (2, 64)}
 SCALE = 2  # bytes
+CHUNK, ENTRY = 1024, 12 * 8  # elements per program, bytes of a tensor's entry: `cruxy_kernels.tables`
+# Bytes: 1,000 steps' metrics; of each tensor the telemetry of its gradient and the norms that it has had
+# (`cruxy_kernels.layout`: NUM_SLOTS, NUM_TELEMETRY, NUM_HISTORY, in float32).
+HISTORY, STATISTICS, NORMS = 1000 * 112 * 4, 4 * 4, 2 * 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,25 @@ class Optimizer:
         packed, shared = CODECS[self.bits]
         each = [math.ceil(n / packed)] + ([SCALE * -(-n // shared)] if shared else [])
         return each * self.moments
+
+    def beside(self, sizes: Sequence[int], device: str) -> list[int]:
+        """Bytes of what it keeps beside the state for a layer of parameters of these `sizes`, where gradients are
+        released: which tensor and which chunk of it a program serves (a CPU has none), and what it knows of each
+        tensor. In a step of the whole model that is a tenth of a per mille, which is left out."""
+        if not self.controlled:
+            return []
+        chunks = [4 * sum(-(-n // CHUNK) for n in sizes)] * 2 if device != "cpu" else []
+        return [*chunks, (STATISTICS + NORMS + (ENTRY if chunks else 0)) * len(sizes)]
+
+    @property
+    def history(self) -> list[int]:
+        """Bytes of the metrics that it remembers."""
+        return [HISTORY] if self.controlled else []
+
+    @property
+    def controlled(self) -> bool:
+        """Whether it is CruxyOptimizer."""
+        return self.finetune.startswith("cruxy")
 
     @property
     def bytes_per_parameter(self) -> float:

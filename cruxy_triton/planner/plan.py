@@ -38,7 +38,7 @@ class Configuration(_configured):
     def of(cls, values: Mapping[str, Any]) -> Configuration:
         """From settings by name, for example `vars(recipe)`. Raises UserError for one that is open or no good."""
         full = values.get("method") == "full"
-        found: dict[str, Any] = {"lora_r": 0, "lora_alpha": 0, "target_modules": ()} if full else {}
+        found: dict[str, Any] = {"lora_r": 0, "lora_alpha": 0, "target_modules": ()} if full else {"release": False}
         for name in settings.CONFIGURES:
             if name not in found:
                 if values.get(name) is None and name != "vram_bytes":

@@ -32,14 +32,13 @@ MEANING = {
     "allocator": "PyTorch's rounding and fragmentation",
     "context": "CUDA context",
 }
-NO_COMMAND = "finetune cannot run this yet: it trains LoRA adapters, not every weight"
 
 
 def describe(config: Configuration) -> str:
     """One line: what a configuration is."""
     base = config.precision + (" (double quantization)" if config.double_quant else "")
     if config.method == "full":
-        learned = "full fine-tuning"
+        learned = "full fine-tuning" + (", gradients released" if config.release else "")
     else:
         learned = f"LoRA r={config.lora_r} on {', '.join(config.target_modules)}"
     return (
@@ -121,8 +120,6 @@ def render(plan: Plan, plan_file: str | None = None) -> str:
             f"what would do it: {plan.needed.change} (about {plan.needed.peak_bytes / GiB:.2f} GiB): "
             f"{describe(plan.needed.config)}"
         )
-    if plan.fits and c.method == "lora":
+    if plan.fits:
         lines += ["", finetune_command(plan, plan_file)]
-    elif plan.fits:
-        lines += ["", NO_COMMAND]
     return "\n".join(lines)

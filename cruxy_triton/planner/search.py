@@ -10,25 +10,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cruxy_triton import settings
 from cruxy_triton.errors import UserError
 from cruxy_triton.planner.accuracy import error_bytes
 from cruxy_triton.planner.card import Card, GiB, MiB, card_names, load_card
 from cruxy_triton.planner.footprint import Footprint, allocations, footprint
+from cruxy_triton.planner.losses import tiles_pay
 from cruxy_triton.planner.models import load_model
 from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS
 from cruxy_triton.planner.plan import Configuration, Option, Plan
 from cruxy_triton.planner.replay import OutOfMemory, replay, smallest_pool
 from cruxy_triton.planner.shape import ModelShape
 from cruxy_triton.planner.speed import step_seconds
-from cruxy_triton.planner.step import Step
+from cruxy_triton.planner.step import BYTES, Step
 
 LENGTHS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128, 64)  # tokens, where one is looked for
 DEFAULT_LENGTH = 1024  # the longest that is tried where none is asked for
 LARGEST_MICRO_BATCH = 32
-SEARCHED_OPTIMIZERS = (("cruxy", 32), ("cruxy-lion", 32), ("cruxy-lion", 8))  # with their state's bits, best first
+# With their state's bits, best first and most frugal last, by method.
+SEARCHED_OPTIMIZERS = {
+    "lora": (("cruxy", 32), ("cruxy-lion", 32), ("cruxy-lion", 8)),
+    "full": (("cruxy", 32), ("cruxy", 8), ("cruxy-lion", 8), ("cruxy-lion", 4)),
+}
+
+
+class Weights(NamedTuple):
+    """What becomes of the base weights: their dtype, 4 bits, and whether they learn in the backward pass."""
+
+    dtype: str
+    load_in_4bit: bool = False
+    double_quant: bool = False
+    release: bool = False
 
 
 class _Judge:
@@ -118,7 +132,8 @@ def codec_of(config: Configuration) -> str:
 
 def step_of(shape: ModelShape, card: Card, config: Configuration) -> Step:
     """The `Step` that `cruxy-triton finetune` runs for `config` on `card`."""
-    half = card.device == "cuda" and config.dtype != "float32"
+    # Where gradients are released the loss has a scale of its own in place of autocast's scaler.
+    half = card.device == "cuda" and config.dtype != "float32" and not config.release
     return Step(
         shape=shape,
         batch=config.micro_batch_size,
@@ -139,6 +154,7 @@ def step_of(shape: ModelShape, card: Card, config: Configuration) -> Step:
         autocast=half,
         upcast_outputs=half,
         warmup=card.device == "cuda",
+        release=config.release,
     )
 
 
@@ -175,10 +191,11 @@ class _Space:
         self.adapters = self._adapters() if self.method == "lora" else [(0, ())]
         self.optimizers = self._optimizers()
         self.checkpointing = self._open("gradient_checkpointing", [False, True])
-        self.batch_size = self._value("batch_size")
+        self.batch_size = self._value("batch_size") or settings.BATCH_SIZE
         divisors = [n for n in range(LARGEST_MICRO_BATCH, 0, -1) if self.batch_size % n == 0]
         self.micro_batches = self._open("micro_batch_size", divisors)
-        settings.check_together({"batch_size": self.batch_size, "micro_batch_size": self.micro_batches[0]})
+        batch = None if self.given.get("release") and not self.pins("batch_size") else self.batch_size
+        settings.check_together({"batch_size": batch, "micro_batch_size": self.micro_batches[0]})
         self.attention = self._attention()
 
     def pins(self, name: str) -> bool:
@@ -194,21 +211,26 @@ class _Space:
         wanted = max(8, min(longest, self.shape.max_position_embeddings, DEFAULT_LENGTH))
         return self._open("max_seq_length", [wanted, *shorter(wanted)])
 
-    def _weights(self) -> list[tuple[str, bool, bool]]:
-        """(dtype, 4-bit, double quantization)."""
+    def _weights(self) -> list[Weights]:
         asked, card = self._value("dtype"), self.card
         dtype = settings.resolve_dtype(asked, card.device, card.capability)
-        dtypes = [dtype]
-        if self.method == "full" and asked == "auto" and card.device == "cuda":
-            dtypes = ["float32", "bfloat16"] if card.bf16 else ["float32"]
-        plain = [(name, False, False) for name in dtypes]
-        quantized = [(dtype, True, double) for double in self._open("double_quant", [False, True])]
+        if self.method == "full":
+            return self._learning(list(dict.fromkeys(["float32", dtype])) if asked == "auto" else [dtype])
+        plain = [Weights(dtype)]
+        quantized = [Weights(dtype, True, double) for double in self._open("double_quant", [False, True])]
         if self.given.get("load_in_4bit"):
             if dtype == "float32" and card.device == "cuda":
                 raise UserError("--load-in-4bit computes in 16 bits on a GPU; leave --dtype float32 out")
             return quantized
-        searched = dtype != "float32" and card.device == "cuda" and self.method == "lora"
+        searched = dtype != "float32" and card.device == "cuda"
         return plain + quantized if searched and not self.pins("load_in_4bit") else plain
+
+    def _learning(self, dtypes: list[str]) -> list[Weights]:
+        """Whole gradients first: they can be clipped by their norm, and a step can take more than a micro-batch."""
+        found = [Weights(dtype, release=release) for release in (False, True) for dtype in dtypes]
+        if self.given.get("optimizer") in ("adamw", "sgd"):
+            found = [x for x in found if not x.release and x.dtype != "float16"]
+        return [x for x in found if x.release == self.given.get("release", x.release)]
 
     def _adapters(self) -> list[tuple[int, tuple[str, ...]]]:
         """(rank, targets): all linear layers, then attention, then q and v."""
@@ -231,7 +253,7 @@ class _Space:
 
     def _optimizers(self) -> list[tuple[str, int]]:
         if not self.pins("optimizer"):
-            found = [(name, bits) for name, bits in SEARCHED_OPTIMIZERS]
+            found = list(SEARCHED_OPTIMIZERS[self.method])
         else:
             found = [(self.given["optimizer"], bits) for bits in settings.STATE_BITS[self.given["optimizer"]]]
         return [(name, bits) for name, bits in found if bits == self.given.get("state_bits", bits)]
@@ -245,19 +267,30 @@ class _Space:
             raise UserError(f"{self.shape.name} caps its attention scores, which only eager attention can")
         return "eager"
 
-    def options(self, length: int, weights: tuple[str, bool, bool], adapter: tuple) -> list[Configuration]:
+    def _batch(self, micro_batch: int, release: bool) -> int:
+        """Sequences per optimizer step."""
+        return micro_batch if release and not self.pins("batch_size") else self.batch_size
+
+    def loss(self, length: int, micro_batch: int, dtype: str) -> bool:
+        """Whether it is made in tiles: for adapters always, and for a type that has to be traced."""
+        open_to_search = self.method == "full" and self.shape.learned is None
+        tiled = not open_to_search or tiles_pay(self.shape, length * micro_batch, BYTES[dtype])
+        return self.given.get("chunked_loss", tiled)
+
+    def options(self, length: int, weights: Weights, adapter: tuple) -> list[Configuration]:
         """The optimizer's state, then settings that change speed but not the result: best first, most frugal last."""
         return [
             Configuration(
                 max_seq_length=length,
-                dtype=weights[0],
-                load_in_4bit=weights[1],
-                double_quant=weights[2],
+                dtype=weights.dtype,
+                load_in_4bit=weights.load_in_4bit,
+                double_quant=weights.double_quant,
+                release=weights.release,
                 device=self.card.device,
                 vram_bytes=self.card.budget_bytes,
                 attention=self.attention,
                 gradient_checkpointing=checkpointing,
-                chunked_loss=self._value("chunked_loss"),
+                chunked_loss=self.loss(length, micro_batch, weights.dtype),
                 method=self.method,
                 lora_r=adapter[0],
                 lora_alpha=self.alpha(adapter[0]),
@@ -265,12 +298,13 @@ class _Space:
                 target_modules=adapter[1],
                 optimizer=optimizer,
                 state_bits=bits,
-                batch_size=self.batch_size,
+                batch_size=self._batch(micro_batch, weights.release),
                 micro_batch_size=micro_batch,
             )
             for optimizer, bits in self.optimizers
             for checkpointing in self.checkpointing
             for micro_batch in self.micro_batches
+            if not weights.release or micro_batch == self._batch(micro_batch, True)
         ]
 
     def alpha(self, rank: int) -> float:
@@ -278,8 +312,11 @@ class _Space:
 
     def frugal(self, config: Configuration, **changes: Any) -> Configuration:
         """`config` with `changes`, and of what only costs speed the settings that take least memory."""
-        least = {"gradient_checkpointing": self.checkpointing[-1], "micro_batch_size": self.micro_batches[-1]}
-        return replace(config, **{**least, **changes})
+        least = {"gradient_checkpointing": self.checkpointing[-1]}
+        if not config.release:  # where every micro-batch is a step
+            least["micro_batch_size"] = self.micro_batches[-1]
+        other = replace(config, **{**least, **changes})
+        return replace(other, chunked_loss=self.loss(other.max_seq_length, other.micro_batch_size, other.dtype))
 
     def least(self) -> Configuration:
         """The configuration that takes least memory of all."""
@@ -345,13 +382,20 @@ def _traded(judge: _Judge, space: _Space, config: Configuration) -> tuple[str, .
         return f"{_gib(need + judge.card.context_bytes)} needed with its error bar, {_gib(judge.usable)} usable"
 
     lines = []
-    best_length, (best_dtype, best_4bit, _) = space.lengths[0], space.weights[0]
+    best_length, best_weights = space.lengths[0], space.weights[0]
     best_adapter, best_optimizer = space.adapters[0], space.optimizers[0]
     if config.max_seq_length < best_length:
         other = space.frugal(config, max_seq_length=best_length)
         lines.append(f"sequence length {best_length} -> {config.max_seq_length}: {needs(other)}")
-    best = space.frugal(config, dtype=best_dtype, load_in_4bit=best_4bit, double_quant=False)
-    if config.precision != best.precision:
+    best = space.frugal(config, dtype=best_weights.dtype, load_in_4bit=best_weights.load_in_4bit, double_quant=False)
+    if config.release and not best_weights.release:
+        batch, micro = space.batch_size, space.micro_batches[-1]
+        best = space.frugal(best, release=False, batch_size=batch, micro_batch_size=micro)
+        what = "" if config.precision == best.precision else f"{best.precision} weights with "
+        what += f"whole gradients and steps of {batch} -> "
+        what += "" if config.precision == best.precision else f"{config.precision} with "
+        lines.append(f"{what}gradients released layer by layer and steps of {config.batch_size}: {needs(best)}")
+    elif config.precision != best.precision:
         lines.append(f"{best.precision} base weights -> {config.precision}: {needs(best)}")
     if config.double_quant and not space.pins("double_quant"):
         lines.append(f"single -> double quantization: {needs(space.frugal(config, double_quant=False))}")
@@ -374,14 +418,14 @@ def _alternatives(judge: _Judge, space: _Space, config: Configuration) -> tuple[
     found: list[tuple[str, Configuration]] = []
     frugal = space.frugal(config)
     if config.load_in_4bit and not space.pins("load_in_4bit"):
-        dtype, _, double = space.weights[0]
+        dtype = space.weights[0].dtype
         for length in shorter(config.max_seq_length, 128):
-            other = replace(frugal, dtype=dtype, load_in_4bit=False, double_quant=double, max_seq_length=length)
+            other = replace(frugal, dtype=dtype, load_in_4bit=False, double_quant=False, max_seq_length=length)
             if judge.surely_fits(other):
                 found.append((f"{dtype} base weights at sequence length {length}", other))
                 break
-    if not config.load_in_4bit and space.weights[-1][1]:
-        other = replace(config, load_in_4bit=True, double_quant=space.weights[-1][2])
+    if not config.load_in_4bit and space.weights[-1].load_in_4bit:
+        other = replace(config, load_in_4bit=True, double_quant=space.weights[-1].double_quant)
         found.append(("4-bit base weights: less memory, a slower step", other))
     longest = _longest(judge, frugal)
     if longest > config.max_seq_length:
@@ -419,20 +463,27 @@ def _needed(judge: _Judge, space: _Space, nearest: Configuration) -> Option:
         changes.append(("--load-in-4bit", replace(nearest, **quantized)))
     if not nearest.gradient_checkpointing:
         changes.append(("--gradient-checkpointing", replace(nearest, gradient_checkpointing=True)))
-    if not nearest.chunked_loss:
+    if space.given.get("chunked_loss") is False:
         changes.append(("--chunked-loss", replace(nearest, chunked_loss=True)))
     if nearest.attention in ("eager", "math") and space.shape.family.sdpa:
         best = card.attention_kinds[0]
         changes.append((f"--attention {best}", replace(nearest, attention=best)))
     if nearest.micro_batch_size > 1:
         changes.append(("--micro-batch-size 1", replace(nearest, micro_batch_size=1)))
-    if (nearest.optimizer, nearest.state_bits) != ("cruxy-lion", 8):
-        other = replace(nearest, optimizer="cruxy-lion", state_bits=8)
-        changes.append((f"--optimizer {other.optimizer} --state-bits 8", other))
+    frugal = SEARCHED_OPTIMIZERS[space.method][-1]
+    if (nearest.optimizer, nearest.state_bits) != frugal:
+        other = replace(nearest, optimizer=frugal[0], state_bits=frugal[1])
+        changes.append((f"--optimizer {other.optimizer} --state-bits {other.state_bits}", other))
     if space.pins("lora_r") and nearest.lora_r > 4:
         changes.append(("--lora-r 4", replace(nearest, lora_r=4, lora_alpha=space.alpha(4))))
     if space.method == "full":
-        lora = replace(nearest, method="lora", lora_r=8, lora_alpha=16, target_modules=space.shape.family.names)
+        if not nearest.release and nearest.optimizer not in ("adamw", "sgd"):
+            batch = nearest.micro_batch_size
+            changes.append(("--release", replace(nearest, dtype=half, release=True, batch_size=batch)))
+        lora = replace(
+            nearest, method="lora", lora_r=8, lora_alpha=16, target_modules=space.shape.family.names, release=False,
+            chunked_loss=space.given.get("chunked_loss", True), optimizer="cruxy", state_bits=32,
+        )  # fmt: skip
         changes.append(("LoRA instead of full fine-tuning", replace(lora, dtype=half)))
         if card.device == "cuda":
             changes.append(("QLoRA instead of full fine-tuning", replace(lora, **quantized)))

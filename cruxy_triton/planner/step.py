@@ -34,6 +34,7 @@ class Step:
     keep_outputs: bool = False  # the output object (with its logits) lives on until the optimizer is through
     warmup: bool = False  # from_pretrained(device_map=...) takes the weights' bytes once and gives them back
     ahead: int = 0  # weights that loading has put on the device before their turn to be quantized (`loading.load`)
+    release: bool = False  # each layer learns in the backward pass and its gradients go (`release_gradients`)
     kbit_prepared: bool = False  # after peft's prepare_model_for_kbit_training: all unquantized weights in fp32
 
     @property

@@ -6,9 +6,6 @@ types that `families` does not know. A `TorchDispatchMode` sees every storage co
 (workspaces inside a kernel) is in `workspace_bytes`, by operation. Composite operations that ask `is_cuda` are
 patched to what the card would run (`stand_ins`). Loading is not traced, since from_pretrained needs a checkpoint:
 `loading` has it.
-
-Under the recording mode autograd adds no gradient in place: full fine-tuning with tied tables comes out up to one
-table too high.
 """
 
 from __future__ import annotations
@@ -33,6 +30,7 @@ from cruxy_triton.planner.optimizers import OPTIMIZERS
 from cruxy_triton.planner.replay import replay, smallest_pool
 from cruxy_triton.planner.stand_ins import Autocast, stand_ins
 from cruxy_triton.planner.step import Step
+from cruxy_triton.release import layer_groups
 
 aten = torch.ops.aten
 
@@ -47,6 +45,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.ledger = Ledger(round_to, record=True)
         self.workspace = workspace
+        self.tied: torch.Size | None = None  # the shape of a table that receives two gradients
         self._known: dict[int, tuple[weakref.ref, Storage | None]] = {}
 
     def adopt(self, tensor: torch.Tensor, booked: Storage | None) -> None:
@@ -69,6 +68,11 @@ class Recorder(TorchDispatchMode):
             self.ledger.move(booked.nbytes, booked.component, "gradients")
             booked.component = "gradients"
 
+    def _sums_gradients(self, args: Any) -> bool:
+        """Whether this is a leaf's second gradient on its first one, which torch adds in place where the first is no
+        view; not so under a mode (pytorch: torch/csrc/autograd/input_buffer.cpp)."""
+        return args[0].shape == self.tied and self.ledger.phase.startswith("backward") and args[0]._base is None
+
     def _see_all(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             self.see(value)
@@ -78,6 +82,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         out = _masked_rows(func, args) if func is aten.index.Tensor else None
+        if func is aten.add.Tensor and self._sums_gradients(args):
+            func = aten.add_.Tensor
         if out is None:
             out = func(*args, **(kwargs or {}))
         self._see_all(out)
@@ -163,10 +169,18 @@ def _place(step: Step, model: Any, recorder: Recorder) -> list[Storage]:
     return packed
 
 
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _layers(step: Step, base: Any) -> list[torch.nn.Module]:
+    lists = [x for x in base.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == step.shape.num_hidden_layers]
+    return list(lists[0]) if lists else []
+
+
 def _watch(step: Step, model: Any, recorder: Recorder) -> None:
     """Hooks that tell the ledger where the step is. Everything before the loss is the forward pass."""
-    ledger = recorder.ledger
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ledger, base = recorder.ledger, _base(model)
 
     def first(output: Any) -> torch.Tensor:
         return output if isinstance(output, torch.Tensor) else output[0]
@@ -188,8 +202,7 @@ def _watch(step: Step, model: Any, recorder: Recorder) -> None:
 
     base.base_model.register_forward_hook(loss_begins)
     base.get_input_embeddings().register_forward_hook(on_gradient("embedding"))
-    lists = [x for x in base.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == step.shape.num_hidden_layers]
-    for index, layer in enumerate(lists[0] if lists else ()):
+    for index, layer in enumerate(_layers(step, base)):
         layer.register_forward_hook(on_gradient(f"layer{index}"))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -223,6 +236,8 @@ def _trace(step: Step, steps: int) -> Ledger:
     ledger = recorder.ledger
     model = build(step)
     packed = _place(step, model, recorder)
+    if step.lora_r == 0 and step.shape.tie_word_embeddings:
+        recorder.tied = _base(model).get_input_embeddings().weight.shape
     ledger.enter("loaded")
     _watch(step, model, recorder)
     autocast = Autocast(dtype_of(step)) if step.autocast else None
@@ -239,7 +254,9 @@ def _trace(step: Step, steps: int) -> Ledger:
 def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, steps: int) -> None:
     ledger, optimizer = recorder.ledger, OPTIMIZERS[step.optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [layer for _, layer in layer_groups(model)] if step.release else [trained]
     state: list[torch.Tensor] = []
+    seen: set[torch.Tensor] = set()  # the first parameter of each group that has learnt once
     workspaces: list[Storage] = []
 
     def workspace() -> None:
@@ -247,12 +264,36 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         if step.cublas_workspace and len(workspaces) < 2:
             workspaces.append(Storage(ledger, step.cublas_workspace, "workspaces"))
 
-    def make_state() -> None:
+    def make_state(group: list[torch.nn.Parameter]) -> None:
+        sizes = []
+        if not state:
+            sizes += optimizer.history + [n for p in trained for n in optimizer.tensors(p.numel())]
+        if step.release and group[0] not in seen:
+            seen.add(group[0])
+            sizes += optimizer.beside([p.numel() for p in group], step.device)
         with ledger.booked_as("optimizer state"):
-            state.extend(_bytes(size) for p in trained for size in optimizer.tensors(p.numel()))
+            state.extend(_bytes(size) for size in sizes)
 
+    def update(group: list[torch.nn.Parameter], keep_gradients: bool = False) -> None:
+        make_state(group)
+        with ledger.booked_as("workspaces"):
+            held = [_bytes(p.numel() * optimizer.transient) for p in group if optimizer.transient]
+            del held
+        if not keep_gradients:
+            for parameter in group:
+                parameter.grad = None
+
+    def release(group: list[torch.nn.Parameter]) -> None:
+        if all(p.grad is not None for p in group):
+            update(group)
+
+    if step.release:
+        for group in groups:
+            for parameter in group:
+                parameter.register_post_accumulate_grad_hook(lambda _, group=group: release(group))
     if steps == 1:
-        make_state()
+        for group in groups:
+            make_state(group)
         if step.accumulation > 1:
             with ledger.booked_as("gradients"):
                 for parameter in trained:
@@ -274,15 +315,10 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
         loss.backward()
         del loss, ids, mask, labels
         ledger.enter("optimizer")
-        if not state:
-            make_state()
-        with ledger.booked_as("workspaces"):
-            held = [_bytes(p.numel() * optimizer.transient) for p in trained if optimizer.transient]
-            del held
+        for group in groups:
+            if any(p.grad is not None for p in group):  # released ones have gone
+                update(group, step.keeps_gradients(index, steps))
         output = None
-        if not step.keeps_gradients(index, steps):
-            for parameter in trained:
-                parameter.grad = None
 
 
 def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -293,7 +329,7 @@ def _tiled_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str
     """
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     labels = labels[:, 1:]
     mask = labels != -100

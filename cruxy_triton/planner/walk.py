@@ -27,6 +27,7 @@ class _Layer:
 
     linears: dict[str, Parameter | ops.Linear4bit]
     norms: list[Parameter]
+    plain: list[Parameter] = field(default_factory=list)  # all that are not quantized
     loras: dict[str, ops.Lora] = field(default_factory=dict)
 
 
@@ -90,7 +91,7 @@ class _Model:
         self.head = output[0] if output else self.embedding
         self.layers: list[_Layer] = []
         for _ in range(shape.num_hidden_layers):
-            layer = _Layer({}, [])
+            layer, first = _Layer({}, []), len(self.plain)
             found = {}
             for key in block:
                 if key in specs:
@@ -98,6 +99,7 @@ class _Model:
                 else:
                     found[key] = plain()
             layer.norms += [found[key] for key in norms]
+            layer.plain += self.plain[first:]
             self.layers.append(layer)
         self.final = [plain() for _ in last]
         if self.full:
@@ -115,6 +117,12 @@ class _Model:
                     b = self.tape.parameter(spec.rows * step.lora_r, 4, "adapters", True)
                     layer.loras[spec.name] = ops.Lora(a, b, step.lora_r, step.lora_dropout)
                     self.trained += [a, b]
+
+    def groups(self) -> list[list[Parameter]]:
+        """The weights that learn together where gradients are released: the head's, the final norm's, each layer's and
+        the embedding's (to which a tied head belongs)."""
+        head = [] if self.head is self.embedding else [[self.head]]
+        return [*head, self.final, *(layer.plain for layer in self.layers), [self.embedding]]
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -252,6 +260,8 @@ class _Run:
         self.model = _Model(step, tape)
         self.state: list[Storage] = []
         self.workspaces: list[Storage] = []
+        self.group_of = {id(p): group for group in self.model.groups() for p in group} if step.release else {}
+        self.seen: set[int] = set()  # the first parameter's id of each group that has learnt once
 
     def _workspace(self, index: int) -> None:
         """cuBLAS takes one per thread: the forward pass's and the backward pass's."""
@@ -276,20 +286,35 @@ class _Run:
             logits = None
         tape.enter("backward:head")
         self._workspace(1)
-        backward(tape, loss)
+        backward(tape, loss, self._release if step.release else None)
         del inputs
         return logits
 
-    def optimizer_step(self, keep_gradients: bool) -> None:
-        tape, optimizer, trained = self.tape, OPTIMIZERS[self.step.optimizer], self.model.trained
-        tape.enter("optimizer")
+    def _release(self, parameter: Parameter) -> None:
+        """A gradient has come: when it is its group's last, the group learns and its gradients go."""
+        group = self.group_of[id(parameter)]
+        if not any(p.uses for p in group):
+            self._update(group)
+
+    def _update(self, group: list[Parameter], keep_gradients: bool = False) -> None:
+        tape, trained, optimizer = self.tape, self.model.trained, OPTIMIZERS[self.step.optimizer]
+        sizes = []
         if not self.state:
-            self.state = [tape.buffer(size, "optimizer state") for p in trained for size in optimizer.tensors(p.n)]
-        held = [tape.buffer(p.n * optimizer.transient, "workspaces") for p in trained if optimizer.transient]
+            sizes += optimizer.history + [size for p in trained for size in optimizer.tensors(p.n)]
+        if self.step.release and id(group[0]) not in self.seen:
+            self.seen.add(id(group[0]))
+            sizes += optimizer.beside([p.n for p in group], self.step.device)
+        self.state += [tape.buffer(size, "optimizer state") for size in sizes]
+        held = [tape.buffer(p.n * optimizer.transient, "workspaces") for p in group if optimizer.transient]
         del held
         if not keep_gradients:
-            for parameter in trained:
+            for parameter in group:
                 parameter.grad = None
+
+    def optimizer_step(self, keep_gradients: bool) -> None:
+        self.tape.enter("optimizer")
+        if not self.step.release:
+            self._update(self.model.trained, keep_gradients)
 
 
 def walk(step: Step, steps: int = 2, record: bool = False) -> Tape:

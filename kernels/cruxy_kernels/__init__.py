@@ -11,6 +11,7 @@ Triton kernels, compiled CPU loops or PyTorch operators; `explain_backend(device
 
 from .backends.dispatch import (
     adamw_update_,
+    blade_step,
     control_step,
     dequantize_blockwise,
     gradient_telemetry,
@@ -23,6 +24,7 @@ from .backends.dispatch import explain as explain_backend
 from .backends.prepared import PreparedUpdate
 from .codec import CODECS
 from .laws import layout
+from .laws.blade import BladeState, LayerTensors, new_blade_state
 from .laws.clipping import TensorClip
 from .laws.control import control_inputs, new_control
 from .rules import RULES
@@ -30,9 +32,12 @@ from .rules import RULES
 __all__ = [
     "CODECS",
     "RULES",
+    "BladeState",
+    "LayerTensors",
     "PreparedUpdate",
     "TensorClip",
     "adamw_update_",
+    "blade_step",
     "control_inputs",
     "control_step",
     "dequantize_blockwise",
@@ -40,6 +45,7 @@ __all__ = [
     "gradient_telemetry",
     "layout",
     "lion_update_",
+    "new_blade_state",
     "new_control",
     "quantize_blockwise",
     "refresh_outputs",

@@ -22,7 +22,7 @@ from ._triton import HAS_TRITON
 STEP_FACTOR = 0x9E3779B9  # 2^32 over the golden ratio: neighbouring steps give distant seeds
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """PyTorch has no arithmetic on uint32; int32 wraps in the same way."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
@@ -34,8 +34,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def hash32(x: Tensor) -> Tensor:
     """A well-mixed int32 of an int32."""
-    x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
+    x = (x ^ _shift(x, 16)) * signed(0x7FEB352D)
+    x = (x ^ _shift(x, 15)) * signed(0x846CA68B)
     return x ^ _shift(x, 16)
 
 
@@ -48,7 +48,7 @@ def random_bits(seed: Tensor, step: Tensor, tensors: Sequence[int], sizes: Seque
     """
     device = step.device
     key = hash32(torch.tensor(tensors, dtype=torch.int32, device=device) + hash32(seed.to(torch.int32)))
-    key = hash32(step.to(torch.int32) * _signed(STEP_FACTOR) + key)
+    key = hash32(step.to(torch.int32) * signed(STEP_FACTOR) + key)
     element = torch.arange(start, start + max(sizes), device=device)
     high = (element >> 32).to(torch.int32)
     low = element.to(torch.int32)

@@ -304,3 +304,76 @@ def test_whole_logits_give_the_same_losses_as_tiles(small_model, questions: Path
     assert whole == pytest.approx(tiles, rel=1e-4)
     result = record(command.folder / "whole")["result"]
     assert result["after"]["loss"] < result["before"]["loss"] - 0.05
+
+
+# -- every weight -----------------------------------------------------------------------------------------------
+
+FULL = ("--method", "full", "--lr", "0.003")
+MODEL = Path("model") / "model.safetensors"
+
+
+def test_a_full_run_as_a_process(small_model, questions: Path, command, capsys) -> None:
+    """What it promises is written; plain transformers has its loss from the result, and `generate` its answers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cruxy_triton.cli import main
+
+    words = ("finetune", small_model("qwen2"), "--data", questions, "--output", "run", *FULL, *QUICK)
+    done = command(*words, "--sample-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    folder = command.folder / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "model", "checkpoints", "events.jsonl", "memory.svg", "metrics.jsonl", "plot.png", "report.md", "run.json"
+    }  # fmt: skip
+    made = record(folder)
+    result = made["result"]
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.5
+    assert made["recipe"]["optimizer"] == "cruxy-lion"
+    assert all(row["grad_norm"] > 0 for row in metrics(folder) if "loss" in row)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert made["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    found = data.load(str(questions), eval_source=None, eval_fraction=0.05, max_eval_samples=20, seed=0, chat=False)
+    assert stock_loss(model, tokenizer, found.held_out, 128) == pytest.approx(result["after"]["loss"], rel=1e-5)
+    said = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"| trained | every weight: {made['trainable_parameters']:,} parameters (float32) |" in said
+    assert "LoRA" not in said
+    assert "AutoModelForCausalLM.from_pretrained('model', dtype='auto')" in said
+
+    sample = made["samples"][0]
+    question = sample["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    for name in ("run", "run/model"):
+        capsys.readouterr()
+        words = ("generate", command.folder / name, "--prompt", question, "--max-new-tokens", "8")
+        assert main([str(word) for word in words]) == 0
+        assert capsys.readouterr().out.strip() == sample["after"]
+    assert main(["merge", str(folder)]) == 2
+    assert "holds no adapter to merge" in capsys.readouterr().err
+
+
+def test_killed_and_interrupted_it_is_bit_for_bit_the_uninterrupted_run(small_model, questions: Path, command) -> None:
+    """Once by SIGKILL in the middle of a step, once by Ctrl-C; codes of 4 bits are rounded at random."""
+    words = (
+        "finetune", small_model(), "--data", questions, *FULL, "--state-bits", "4", "--max-steps", "30", "--batch-size",
+        "2", "--max-seq-length", "96", "--max-eval-samples", "10", "--save-steps", "5", "--sample-tokens", "0",
+    )  # fmt: skip
+    whole = command(*words, "--output", "whole")
+    assert whole.returncode == 0, whole.stderr
+    broken = command.folder / "broken"
+    process = command.start(*words, "--output", "broken")
+    wait_for_steps(broken, 7, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert record(broken)["status"] == "running"
+    process = command.start("finetune", "--resume", "--output", "broken")
+    wait_for_steps(broken, 14, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "stopping: finishing this step" in output
+    assert record(broken)["status"] == "interrupted"
+    resumed = command("finetune", "--resume", "--output", "broken")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(record(broken)["resumed_at_steps"]) == 2
+    assert losses(broken) == losses(command.folder / "whole")
+    assert (broken / MODEL).read_bytes() == (command.folder / "whole" / MODEL).read_bytes()

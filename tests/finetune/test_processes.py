@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from cruxy_triton.errors import UserError
-from cruxy_triton.finetune import processes
+from cruxy_triton.finetune import processes, run
+from cruxy_triton.finetune.folder import RunFolder
+from cruxy_triton.finetune.recipe import Recipe
 
 # 95 records to train on: the last step of the epoch has fewer than its 8, and fewer than two processes can share.
-RUN = ("--batch-size", "8", "--micro-batch-size", "2", "--max-seq-length", "64", "--max-eval-samples", "5", "--lr", "0.003",
-       "--save-steps", "4", "--sample-tokens", "4", "--samples", "1", "--device", "cpu")  # fmt: skip
+RUN = ("--batch-size", "8", "--micro-batch-size", "2", "--max-seq-length", "64", "--max-eval-samples", "5",
+       "--lr", "0.003", "--save-steps", "4", "--sample-tokens", "4", "--samples", "1", "--device", "cpu")  # fmt: skip
 
 
 def start(command: Any, *words: Any, count: int = 2) -> subprocess.Popen[str]:
@@ -70,8 +72,8 @@ def test_two_processes_are_one_run(small_model, sums: Path, command) -> None:
     # Each process keeps the state of its random numbers in a checkpoint.
     apart = {name for name in found[two] ^ found[one] if "rng_state" not in name}
     assert not apart
-    run = json.loads((two / "run.json").read_text())
-    assert (run["processes"], run["status"], run["result"]["after"]["sequences"]) == (2, "finished", 5)
+    said = json.loads((two / "run.json").read_text())
+    assert (said["processes"], said["status"], said["result"]["after"]["sequences"]) == (2, "finished", 5)
     assert output.count("plan: ") == 1, "one process speaks"
     assert "on each of 2 devices, of every step's sequences 4" in output
 
@@ -114,6 +116,16 @@ def test_what_cannot_be_shared_is_refused_once(small_model, sums: Path, command)
     said = "error: --batch-size 6 cannot be divided among 2 processes in micro-batches of 2; give a multiple"
     assert output.count(said) == 1, output
     assert not (command.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "odd"), [({"method": "full"}, "--method full"), ({"layerwise": "blade"}, "--layerwise blade")]
+)
+def test_what_is_of_one_process_is_refused(settings: dict, odd: str, tmp_path: Path, monkeypatch) -> None:
+    recipe = Recipe("m", "d", str(tmp_path / "run"), device="cpu", **settings)
+    made = run._Run(recipe, RunFolder(recipe.output), run.Hooks(), processes.Processes(2))
+    with pytest.raises(UserError, match=f"{odd} is for one process, and these are 2"):
+        made._read()
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])

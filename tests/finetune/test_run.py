@@ -60,7 +60,7 @@ def copy_of(model: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
     return target
 
 
-@pytest.mark.parametrize("where", ["held_out", "generate", "save_adapter", "report"])
+@pytest.mark.parametrize("where", ["held_out", "generate", "save", "report"])
 def test_an_interruption_after_the_last_step_adds_no_step(where: str, train, tmp_path: Path, monkeypatch) -> None:
     """Stopped in the final evaluation, the sample, the adapter or the report, and resumed: the uninterrupted run."""
     from cruxy_triton.finetune import report
@@ -70,12 +70,12 @@ def test_an_interruption_after_the_last_step_adds_no_step(where: str, train, tmp
     owner, name = {
         "held_out": (train_module.Trainer, "held_out"),
         "generate": (train_module.Trainer, "generate"),
-        "save_adapter": (report, "save_adapter"),
+        "save": (report, "save"),
         "report": (report, "write"),
     }[where]
     real = getattr(owner, name)
     # The first evaluation and its samples precede training.
-    stops = {"held_out": 2, "generate": len(record(tmp_path / "whole")["samples"]) + 1, "save_adapter": 1, "report": 1}
+    stops = {"held_out": 2, "generate": len(record(tmp_path / "whole")["samples"]) + 1, "save": 1, "report": 1}
     calls = 0
 
     def stop(*args: Any, **kwargs: Any) -> Any:
@@ -620,6 +620,35 @@ def test_a_resumed_run_rolls_back_to_where_the_whole_one_does(train, tmp_path: P
     assert (tmp_path / "broken" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "layerwise", "more"),
+    [
+        ("cruxy", "blade", {"loraplus_lr_ratio": 4.0}),
+        ("adamw", "sketch_align", {}),
+        ("sgd", "blade", {"chunked_loss": False}),
+    ],
+)
+def test_layerwise(optimizer: str, layerwise: str, more: dict, train, tmp_path: Path, monkeypatch, recwarn) -> None:
+    """Multipliers by layer in the metrics; a run that is resumed ends in the same bits; entropy is TRL's own."""
+    settings = {"optimizer": optimizer, "layerwise": layerwise, "max_steps": 6, "guard": "off", **more}
+    train(output="whole", **settings)
+    entropy = [str(w.message) for w in recwarn if "gets no output entropy" in str(w.message)]
+    assert bool(entropy) == (more.get("chunked_loss") is False)
+    found = [row["multipliers"] for row in rows(tmp_path / "whole") if "loss" in row]
+    assert [list(row) for row in found] == [["model.layers.0", "model.layers.1"]] * 6
+    assert set(found[0].values()) == {1.0}
+    assert all(0.3 - 1e-6 <= m <= 1.7 + 1e-6 for row in found for m in row.values())
+    assert len(set(found[3].values())) == (1 if layerwise == "sketch_align" else 2)
+    assert any(m != 1 for m in found[3].values())
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        train(output="part", **settings)
+    train(output="part", resume=True)
+    assert [row["multipliers"] for row in rows(tmp_path / "part") if "loss" in row] == found
+    one, other = (load_file(tmp_path / name / ADAPTER) for name in ("whole", "part"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_clipping_is_what_is_asked_for(train, tmp_path: Path) -> None:
     """sgd's first step moves B, which begins at zero, by the learning rate times the gradient."""
     lengths = {}
@@ -641,10 +670,8 @@ def test_who_clips_each_tensor(optimizer: str, train, tmp_path: Path, monkeypatc
     from cruxy_triton.finetune import train as train_module
 
     made = []
-    real = train_module.CruxyCallback.watch
-    monkeypatch.setattr(
-        train_module.CruxyCallback, "watch", lambda self, *args: real(self, *args) or made.append(self.guard)
-    )
+    real = train_module.make_guard
+    monkeypatch.setattr(train_module, "make_guard", lambda *args: made.append(real(*args)) or made[-1])
     train(clip="tensor", optimizer=optimizer, max_steps=2)
     assert made[0].policy.tensor_ratio == (1.05 if optimizer == "adamw" else None)
     assert getattr(made[0].optimizer, "clip", "tensor") == "tensor"

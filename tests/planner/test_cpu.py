@@ -17,6 +17,9 @@ torch = pytest.importorskip("torch")
 for package in ("transformers", "peft", "trl"):
     pytest.importorskip(package)
 
+from cruxy_triton.optimizer import CruxyOptimizer  # noqa: E402
+from cruxy_triton.release import release_gradients  # noqa: E402
+
 BASE = ModelShape(
     name="small",
     model_type="llama",
@@ -82,9 +85,9 @@ def measured_peak(step: Step) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     lasting = sum(s.nbytes() for s in storages.values())
-    lasting += sum(int(p.numel() * OPTIMIZERS[step.optimizer].bytes_per_parameter) for p in trained)
     keeps = step.accumulation > 1  # the step before was a micro-batch of the same optimizer step
     lasting += sum(p.numel() * p.element_size() for p in trained) * keeps
+    optimizer = released(step, model) if step.release else None
     tokens = torch.randint(0, step.shape.vocab_size, (step.batch, step.seq))
 
     def one_step() -> None:
@@ -98,12 +101,18 @@ def measured_peak(step: Step) -> int:
         del output
         loss.backward()
         assert torch.isfinite(loss)
-        assert all(p.grad is not None for p in trained)
+        if optimizer is not None:
+            optimizer.step(loss=loss.detach())
+        assert all((p.grad is None) == step.release for p in trained)
         assert mask.sum() == tokens.numel()
 
     one_step()
     if not keeps:
         model.zero_grad()
+    if optimizer is not None:
+        lasting += nbytes_of(optimizer)
+    else:
+        lasting += sum(int(p.numel() * OPTIMIZERS[step.optimizer].bytes_per_parameter) for p in trained)
     gc.collect()  # a model of a test before this one must not go while this one is measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         marker = torch.empty(MARKER, dtype=torch.uint8)
@@ -113,6 +122,21 @@ def measured_peak(step: Step) -> int:
     found = [node.extra_fields for node in tree if node.tag == _EventType.Allocation]
     (before,) = (event.total_allocated for event in found if event.alloc_size == marker.nbytes)
     return lasting + max(event.total_allocated for event in found) - before
+
+
+def released(step: Step, model: torch.nn.Module) -> CruxyOptimizer:
+    """The optimizer of the step's state, which updates `model` in the backward pass."""
+    lion, bits = step.optimizer.startswith("lion"), OPTIMIZERS[step.optimizer].bits
+    optimizer = CruxyOptimizer(model.parameters(), lr=1e-5, use_lion=lion, state_bits=bits, clip="tensor")
+    release_gradients(model, optimizer)
+    return optimizer
+
+
+def nbytes_of(optimizer: CruxyOptimizer) -> int:
+    """What it holds between two steps: states, control rows, history."""
+    held = [t for state in optimizer.state.values() for t in state.values()]
+    held += [optimizer.control, optimizer._history._rows, optimizer._passes._table]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 
 def cpu_step(shape: ModelShape, settings: tuple[bool, bool, str], **others) -> Step:
@@ -190,6 +214,26 @@ def test_full_fine_tuning_on_the_cpu(settings, tied, vocabulary, seq, accumulati
 def test_full_fine_tuning_of_other_families_on_the_cpu(shape):
     torch.manual_seed(0)
     step = cpu_step(replace(shape, num_hidden_layers=3), OPEN, seq=128, lora_r=0)
+    assert footprint(step).peak_allocated == pytest.approx(measured_peak(step), rel=0.003)
+
+
+TIED = replace(BASE, tie_word_embeddings=True)
+RELEASED = [
+    pytest.param(BASE, FUSED, 16, "lion-4bit", id="llama, checkpointing"),
+    pytest.param(BASE, PLAIN, 128, "lion-8bit", id="llama, highest at the loss"),
+    pytest.param(TIED, FUSED, 16, "lion-8bit", id="llama tied, checkpointing"),
+    pytest.param(replace(TIED, vocab_size=16000), PLAIN, 16, "lion-4bit", id="llama tied, highest at the embedding"),
+    pytest.param(SHAPES[1], OPEN, 16, "adamw-8bit", id="qwen2 tied"),
+    pytest.param(replace(SHAPES[2], vocab_size=16000), OPEN, 16, "lion-4bit", id="qwen3, highest at the head"),
+    pytest.param(SHAPES[3], PLAIN, 32, "lion-4bit", id="gemma tied"),
+    pytest.param(SHAPES[4], OPEN, 16, "adamw-fp32", id="phi"),
+]
+
+
+@pytest.mark.parametrize(("shape", "settings", "seq", "optimizer"), RELEASED)
+def test_released_gradients_on_the_cpu(shape, settings, seq, optimizer):
+    torch.manual_seed(0)
+    step = cpu_step(shape, settings, seq=seq, lora_r=0, release=True, optimizer=optimizer)
     assert footprint(step).peak_allocated == pytest.approx(measured_peak(step), rel=0.003)
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import itertools
 import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +23,11 @@ from cruxy_triton.planner import (
     shape_from_config,
 )
 from cruxy_triton.planner.footprint import Step, footprint
+from cruxy_triton.planner.losses import tiles_pay
 from cruxy_triton.planner.render import finetune_command, render
 from cruxy_triton.planner.speed import flops, step_seconds
 
+ROOT = Path(__file__).resolve().parents[2]
 GiB = 2**30
 LLAMA = {
     "model_type": "llama",
@@ -154,6 +158,7 @@ def test_what_is_pinned_stays():
         state_bits=8,
         lora_dropout=0.1,
         method="lora",
+        release=False,
     )
     found = plan("qwen2.5-1.5b", "rtx3060-12gb", **pinned)
     assert found.config == Configuration(
@@ -234,10 +239,62 @@ def test_full_fine_tuning_where_it_fits():
     found = plan("smollm2-135m", "rtx3060-12gb", method="full")
     assert found.fits
     assert found.config.method == "full"
+    assert not found.config.release  # whole gradients, where there is room for them
     assert found.trainable_parameters == found.parameters
-    lora = plan("tinyllama-1.1b", "gtx1650", method="full")
-    assert not lora.fits
-    assert "LoRA" in lora.needed.change
+    whole = plan("tinyllama-1.1b", "gtx1650", method="full", release=False)
+    assert not whole.fits
+    assert whole.needed.change == "--release"
+
+
+def test_every_weight_on_a_gtx_1650_as_in_the_table():
+    """The rows of docs/measurements.md are what examples/every_weight_in_4_gb.py prints."""
+    example = runpy.run_path(str(ROOT / "examples" / "every_weight_in_4_gb.py"))
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    made = [line.strip("| ").split(" | ") for line in example["table"]()]
+    for row in made[:1] + made[2:]:
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {' | '.join(row[:4])} |"))
+        cells = line.strip("| ").split(" | ")
+        assert cells[:4] + cells[5:] == row
+        if row is not made[0]:
+            assert float(cells[4].partition("(")[2].removesuffix(" % off)")) < 1
+    assert [row[5:] for row in made if row[:2] in (["tinyllama-1.1b", "8"], ["tinyllama-1.1b", "4"])] == [
+        ["tight", "no, 476 MiB short"], ["yes", "tight"],
+    ]  # fmt: skip
+
+
+def test_every_weight_of_a_billion_on_a_4_gb_card():
+    """512 tokens on a GTX 1650, CUDA context included: 4 bits of state within 3.2 GiB, 8 within 3.81."""
+    for bits, system, budget in ((4, "windows", 3.2), (8, "linux", 3.81)):
+        found = plan(
+            "tinyllama-1.1b", "gtx1650", method="full", os=system, max_seq_length=512, batch_size=1,
+            optimizer="cruxy-lion", state_bits=bits, alternatives=False,
+        )  # fmt: skip
+        assert found.fits
+        assert found.peak_bytes < budget * GiB
+        assert (found.config.dtype, found.config.release) == ("float16", True)
+    found = plan("tinyllama-1.1b", "gtx1650", method="full", os="windows", max_seq_length=512)
+    assert (found.config.optimizer, found.config.state_bits, found.config.gradient_accumulation) == ("cruxy-lion", 4, 1)
+    assert "gradients released" in render(found)
+    assert any("released layer by layer" in line for line in found.gave_up)
+
+
+def test_releasing_is_what_a_full_fine_tuning_needs():
+    found = plan("qwen3-0.6b", "gtx1650", method="full", release=False, optimizer="cruxy", max_seq_length=512)
+    assert not found.fits
+    assert found.needed.change == "--release"
+    assert found.needed.config.release
+    assert found.needed.config.gradient_accumulation == 1
+
+
+@pytest.mark.parametrize("name", ["tinyllama-1.1b", "smollm2-360m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen2.5-1.5b"])
+def test_the_loss_of_a_full_fine_tuning_is_the_one_that_takes_less(name):
+    shape = load_model(name)
+    for length, dtype in itertools.product((128, 512, 2048), ("float16", "float32")):
+        step = Step(shape, 1, length, dtype, lora_r=0, release=True, optimizer="lion-4bit", autocast=False)
+        step = replace(step, upcast_outputs=False)
+        peaks = {tiled: footprint(replace(step, chunked_loss=tiled)).peak_allocated for tiled in (True, False)}
+        taken = peaks[tiles_pay(shape, length, step.width)]
+        assert taken <= 1.02 * min(peaks.values()), (length, dtype)
 
 
 def test_the_closed_form_of_the_loss():
@@ -264,6 +321,7 @@ def test_the_closed_form_of_the_loss():
         ({"checkpointing": False}, 1),
         ({"chunked_loss": False}, 1),
         ({"lora_r": 16}, 1),
+        ({"lora_r": 0}, 1),
         ({"accumulation": 2}, 1),
         ({"optimizer": "lion-8bit"}, -1),
         ({"precision": "nf4"}, -1),
@@ -423,7 +481,9 @@ def test_own_profiles(tmp_path):
         ({"lora_dropout": 1.5}, "--lora-dropout"),
         ({"method": "prefix"}, "--method is 'prefix'"),
         ({"method": "full", "load_in_4bit": True}, "cannot learn"),
-        ({"method": "full", "dtype": "float16"}, "GradScaler"),
+        ({"method": "full", "dtype": "float16", "optimizer": "adamw"}, "GradScaler"),
+        ({"method": "full", "release": True, "optimizer": "sgd"}, "--release is for --optimizer cruxy"),
+        ({"method": "full", "release": True, "batch_size": 8, "micro_batch_size": 2}, "step of every micro-batch"),
         ({"os": "macos"}, "unknown operating system"),
         ({"seq": 512}, "seq is no setting of a plan"),
         ({"max_seq_lenght": 512}, "did you mean max_seq_length"),

@@ -23,11 +23,12 @@ from .._triton import HAS_TRITON
 from ..codec import CODECS, PLAIN, Codec, scale_name
 from ..launch import launch, on_device
 from ..laws import layout as L
+from ..laws.blade import RESPONSES, BladeState, LayerTensors, blade_law, launch_blade
 from ..laws.clipping import TensorClip
 from ..laws.control import launch_control, launch_refresh, refresh, step_law
 from ..laws.telemetry import launch_telemetry
 from ..rules import RULES, Rule
-from ..tables import ALIGNMENT, CHUNK, ELEMENT_TYPES
+from ..tables import ALIGNMENT, CHUNK, ELEMENT_TYPES, to_device
 from ..update import LINES, launch_update
 from . import native, pieces
 
@@ -294,6 +295,90 @@ def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | N
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected one real number")
     return value.detach().reshape(()).to(torch.float32)
+
+
+# -- layer-wise control ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def blade_step(
+    state: BladeState,
+    tensors: LayerTensors,
+    telemetry: Tensor,
+    skip: Tensor,
+    grads: Sequence[Tensor] = (),
+    *,
+    loss: Tensor | None = None,
+    entropy: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    response: str = "damped",
+    seed: int = L.BLADE_SEED,
+    backend: str | None = None,
+) -> None:
+    """One step of BLADE, in place: `state` moves on, `tensors.factors` has each tensor's multiplier of the step size.
+
+    docs/laws.md, section 7. One launch; no value is read by the host.
+
+    Args:
+        state: of `new_blade_state`, for as many layers as `tensors` counts.
+        tensors: the tensors of this step and their layers.
+        telemetry: float32 (rows, 4) by tensor: `gradient_telemetry(per_tensor=True)`, or the rows of its spans.
+        skip: 0-dim or 1-element float32: above 0, this step changes nothing (`control[0, layout.SKIP]`).
+        grads: the gradients in the order of `tensors`; not needed where it knows their cells and Triton serves.
+        loss, entropy, grad_scale: 0-dim or 1-element float32 tensors, or None. The loss and the entropy are the mean
+            over the step; what is not positive and finite does not count. Norms are those of `grads / grad_scale`.
+        response: "damped" or "paper".
+        seed: of the samples, as `new_blade_state` had it.
+        backend: "triton", "native" (as "torch": there are no compiled loops for it) or "torch". Gradients in float64
+            or on several devices are served by PyTorch.
+
+    All tensors but the gradients are on one device.
+
+    Raises:
+        ValueError: an unknown response, or tensors of the wrong number, shape, dtype or device.
+        TypeError: gradients that are not floating point.
+    """
+    if response not in RESPONSES:
+        raise ValueError(f"unknown response {response!r}; expected one of {', '.join(RESPONSES)}")
+    device, given = tensors.device, list(grads)
+    if state.signs.device != device or len(state.signs) != tensors.count:
+        raise ValueError(
+            f"the state is of {len(state.signs)} layers on {state.signs.device}; the tensors are of {tensors.count} on "
+            f"{device}"
+        )
+    if telemetry.dtype != torch.float32 or telemetry.shape != (tensors.telemetry_rows, L.NUM_TELEMETRY):
+        raise ValueError(
+            f"telemetry is {telemetry.dtype} of shape {tuple(telemetry.shape)}; expected float32 "
+            f"({tensors.telemetry_rows}, {L.NUM_TELEMETRY})"
+        )
+    if telemetry.device != device:
+        raise ValueError(f"telemetry is on {telemetry.device} and the layers on {device}; move one to the other")
+    held = _scalar("skip", skip, device)
+    assert held is not None
+    signals = (
+        _scalar("loss", loss, device), _scalar("entropy", entropy, device), _scalar("grad_scale", grad_scale, device)
+    )  # fmt: skip
+    chosen = _choose_small(device, backend)
+    if chosen == "triton" and not tensors.given_cells:
+        kinds = {(g.device, g.dtype) for g in given}
+        if {where for where, _ in kinds} - {device} or {dtype for _, dtype in kinds} - set(ELEMENT_TYPES):
+            chosen = "torch"
+    if chosen == "triton" and tensors.given_cells:
+        given = []
+    else:
+        _check_floating("grads", given)
+        if [g.numel() for g in given] != tensors.numels:
+            raise ValueError(
+                f"grads have {[g.numel() for g in given]} elements; expected {tensors.numels}, as the tensors have"
+            )
+    if chosen == "triton":
+        if not tensors.given_cells:
+            given = [g.contiguous() for g in given]
+            addresses = torch.tensor([g.data_ptr() for g in given], dtype=torch.int64)
+            tensors.cells.copy_(to_device(addresses, device), non_blocking=True)
+        launch_blade(state, tensors, telemetry.contiguous(), held, *signals, response, seed)
+        return
+    blade_law(state, tensors, telemetry, held, given, *signals, response, seed)
 
 
 # -- updates ------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..codec import scale_name
 from ..launch import batches, on_device
 from ..laws.telemetry import Runs, launch_partials
 from ..rules import RULES
-from ..tables import GRAD, build
+from ..tables import COLUMNS, GRAD, build
 from ..update import columns_of, launch_batch
 from . import native
 from .dispatch import check_update, choose_for_update
@@ -97,6 +97,17 @@ class PreparedUpdate:
             spans[batch.indices] = run.spans + torch.tensor([rows, 0], dtype=torch.int32)
             rows += len(run.bounds) - 1
         return spans
+
+    def grad_cells(self) -> list[int] | None:
+        """Of each tensor the address on the device of the int64 that `set_grads` keeps at its gradient's address, for
+        `LayerTensors`; None where no kernel serves."""
+        if self._table is not None:
+            return None
+        cells = torch.empty(sum([len(batch.indices) for batch in self._batches]), dtype=torch.int64)
+        for batch in self._batches:
+            entry = torch.arange(len(batch.indices)) * COLUMNS + GRAD
+            cells[batch.indices] = batch.table.entries.data_ptr() + entry * batch.table.entries.element_size()
+        return cells.tolist()
 
     def _runs(self) -> list[Runs]:
         if self._kept_runs is None:

@@ -53,6 +53,7 @@ class Variant:
     wide_stores: int = 0  # the same for storing parameters
     bytes_moved: float = 0.0  # bytes per parameter
     floor: float | None = None  # bytes per parameter of the tensors alone
+    counts: bool = False  # its programs count themselves with one integer atomic: no value depends on the order
 
 
 @dataclass
@@ -125,6 +126,8 @@ def inspect(variant: Variant, arch: int) -> Usage:
         shared=compiled.metadata.shared,
     )
     read_sass(sass, usage)
+    if variant.counts:
+        usage.forbidden = tuple(name for name in usage.forbidden if name != "ATOMG")
     usage.occupancy = occupancy(arch, usage.registers, usage.shared, variant.num_warps)
     return usage
 

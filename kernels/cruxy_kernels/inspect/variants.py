@@ -5,6 +5,7 @@ from itertools import product
 from .. import tables as T
 from ..codec import CODECS, dequantize_kernel, quantize_kernel
 from ..laws import layout as L
+from ..laws.blade import blade_kernel, blade_sizes
 from ..laws.control import control_kernel, refresh_kernel
 from ..laws.telemetry import PARTIALS_AT_ONCE, telemetry_kernel, tensor_kernel, total_kernel
 from ..rules import RULES
@@ -25,8 +26,8 @@ def wide(*types: str) -> int:
 
 
 def all_variants() -> list[Variant]:
-    """Telemetry, control, updates and codecs."""
-    return [*_telemetry(), *_control(), *_updates(), *_codecs()]
+    """Telemetry, control, layers, updates and codecs."""
+    return [*_telemetry(), *_control(), *_layers(), *_updates(), *_codecs()]
 
 
 def _telemetry() -> list[Variant]:
@@ -93,6 +94,25 @@ def _control() -> list[Variant]:
         for tensors, (law, number) in product((False, True), L.LAWS.items())
     ]
     return [*laws, refresh]
+
+
+def _layers() -> list[Variant]:
+    tensors = {"telemetry": "*fp32", "rows": "*i32", "row_bounds": "*i32", "table": "*i64", "tensor_bounds": "*i32"}
+    tensors |= {"layer_of": "*i32", "factors": "*fp32"}
+    scalars = {"skip": "*fp32", "loss_pointer": "*fp32", "entropy_pointer": "*fp32", "grad_scale": "*fp32"}
+    state = {"signs": "*i16", "known": "*i16", "index": "*i64", "numels": "*i64", "averages": "*fp32"}
+    state |= {"shared": "*fp32", "multipliers": "*fp32", "scores": "*fp32", "finished": "*i32"}
+    return [
+        Variant(
+            f"blade {'damped' if damped else 'paper'}",
+            blade_kernel,
+            tensors | scalars | state | {"layers": "i32", "tensors": "i32", "seed": "i32"},
+            {"HAS_LOSS": True, "HAS_ENTROPY": True, "HAS_GRAD_SCALE": True, "DAMPED": damped, **blade_sizes()},
+            aligned=(*tensors, *state),
+            counts=True,
+        )
+        for damped in (True, False)
+    ]
 
 
 def _updates() -> list[Variant]:

@@ -90,6 +90,21 @@ HISTORY_NORM = 0  # of the clipped gradient, after unscaling
 HISTORY_SEEN = 1  # norms that it has seen, counted up to TENSOR_CLIP_WARMUP
 NUM_HISTORY = 2
 
+# -- layer-wise control (BLADE): averages of a layer, shape (layers, 2), and of all layers, shape (3,). 0: none yet ---
+LAYER_NORM = 0  # of the layer's gradient, after unscaling, before clipping
+LAYER_ALIGNMENT = 1  # of 1 + a
+NUM_LAYER = 2
+SHARED_LOSS = 0
+SHARED_ENTROPY = 1
+SHARED_STEPS = 2  # steps that were not skipped
+NUM_SHARED = 3
+# Columns of BLADE's table of tensors: where the address of the gradient stands, its first element's number in its
+# layer, its elements, and the bytes of one. Draws of a refresh: two new samples, and which ones they replace.
+LAYER_CELL, LAYER_START, LAYER_NUMEL, LAYER_WIDTH = 0, 1, 2, 3
+LAYER_COLUMNS = 4
+DRAW_NEW_1, DRAW_NEW_2, DRAW_PLACE_1, DRAW_PLACE_2 = 0, 1, 2, 3
+NUM_DRAWS = 4
+
 # -- the laws ------------------------------------------------------------------
 STABILITY_V1 = 1
 STABILITY_V2 = 2
@@ -136,6 +151,13 @@ TENSOR_CLIP_NORM = 1.0  # limit of the global norm while a tensor warms up
 TENSOR_CLIP_RATIO = 1.05  # limit of a tensor's norm afterwards, in units of its history
 TENSOR_CLIP_BETA = 0.98  # memory of the history
 TENSOR_CLIP_WARMUP = 30  # norms of a tensor, not steps of the optimizer
+# Layer-wise control (values: the BLADE manuscript, which has no public address; docs/laws.md has what it says).
+BLADE_SAMPLES = 16  # sign bits per layer
+BLADE_BETA = 0.98
+BLADE_MIN, BLADE_MAX = 0.3, 1.7
+BLADE_REFRESH = 100  # steps after which two of the samples are replaced
+BLADE_SEED = 13  # indices_seed
+BLADE_SCORE_MAX = 1e18  # keeps products of two scores finite; multipliers end long before
 WARN_SURGE, WARN_SURGE_RATIO = 0.5, 2.5
 WARN_CURVATURE, WARN_CURVATURE_LEVEL = 0.2, 0.1
 WARNING_LEVEL = 0.7
