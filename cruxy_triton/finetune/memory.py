@@ -49,7 +49,8 @@ def make_plan(
     card = card or card_of(recipe, device)
     given = {name: getattr(recipe, name) for name in settings.CONFIGURES if name not in ("device", "vram_bytes")}
     given["dtype"] = str(dtype).removeprefix("torch.")
-    given["batch_size"] //= processes
+    if processes > 1:
+        given["batch_size"] //= processes
 
     def planned(card: Card) -> Plan:
         return plan(config.to_dict(), card, longest=longest, margin=False, alternatives=False, **given)
@@ -62,6 +63,7 @@ def make_plan(
         raise UserError(_too_small(answer, recipe))
     for name in PLANNED:
         setattr(recipe, name, getattr(answer.config, name))
+    recipe.batch_size *= processes
     return answer
 
 

@@ -149,15 +149,8 @@ class _Run:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
         recipe, say = self.recipe, self.hooks.say
         require_reporter(recipe.report_to)
-        if self.processes.count > 1 and (recipe.method == "full" or recipe.layerwise != "none"):
-            odd = "--method full" if recipe.method == "full" else f"--layerwise {recipe.layerwise}"
-            raise UserError(f"{odd} is for one process, and these are {self.processes.count}; leave out one of the two")
-        part, rest = divmod(recipe.batch_size, self.processes.count)
-        if rest or part % (recipe.micro_batch_size or 1):
-            raise UserError(
-                f"--batch-size {recipe.batch_size} cannot be divided among {self.processes.count} processes in "
-                f"micro-batches of {recipe.micro_batch_size or 1}; give a multiple of their product"
-            )
+        if self.processes.count > 1:
+            self._share()
         self.dtype = load.dtype_of(recipe, self.device)
         for note in full.check(recipe, self.dtype):
             say(note)
@@ -205,11 +198,25 @@ class _Run:
         for line in memory.describe(self.plan, recipe):
             say(line)
         if self.processes.count > 1:
+            part = recipe.batch_size // self.processes.count
             say(f"  on each of {self.processes.count} devices, of every step's sequences {part}")
         if recipe.vram_bytes is not None and self.device.type == "cpu":
             say("note: the budget is planned with; on a CPU nothing keeps the process to it")
         self._fit(limit)
         memory.limit(recipe, self.device)
+
+    def _share(self) -> None:
+        """Raises UserError for what several processes cannot do together."""
+        recipe, count = self.recipe, self.processes.count
+        if recipe.method == "full" or recipe.layerwise != "none":
+            odd = "--method full" if recipe.method == "full" else f"--layerwise {recipe.layerwise}"
+            raise UserError(f"{odd} is for one process, and these are {count}; leave out one of the two")
+        part, rest = divmod(recipe.batch_size, count)
+        if rest or part % (recipe.micro_batch_size or 1):
+            raise UserError(
+                f"--batch-size {recipe.batch_size} cannot be divided among {count} processes in micro-batches of "
+                f"{recipe.micro_batch_size or 1}; give a multiple of their product"
+            )
 
     def _fit(self, limit: int | None) -> None:
         """Cuts the tokens to the sequence length; raises UserError when it leaves nothing, says what it costs."""
