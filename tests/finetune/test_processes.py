@@ -79,7 +79,7 @@ def test_two_processes_are_one_run(small_model, sums: Path, command) -> None:
 
 
 def test_both_stop_and_go_on_and_neither_survives_the_other(small_model, sums: Path, command) -> None:
-    words = ("finetune", small_model(), "--data", sums, *RUN, "--epochs", "4")
+    words = ("finetune", small_model(), "--data", sums, *RUN, "--epochs", "2")
     process = start(command, *words, "--output", "broken")
     folder = command.folder / "broken"
     wait_for_steps(folder, 5, process)
@@ -99,7 +99,7 @@ def test_both_stop_and_go_on_and_neither_survives_the_other(small_model, sums: P
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
-    assert json.loads((folder / "run.json").read_text())["status"] in ("failed", "interrupted", "running")
+    assert json.loads((folder / "run.json").read_text())["status"] in ("failed", "interrupted")
 
     # The rest in one process: the batches are the same ones.
     resumed = command("finetune", "--resume", "--output", "broken", OMP_NUM_THREADS="1")
@@ -110,7 +110,8 @@ def test_both_stop_and_go_on_and_neither_survives_the_other(small_model, sums: P
 
 
 def test_what_cannot_be_shared_is_refused_once(small_model, sums: Path, command) -> None:
-    process = start(command, "finetune", small_model(), "--data", sums, *RUN, "--output", "run", "--batch-size", "6")
+    words = ("--batch-size", "6", *RUN[2:], "--output", "run")
+    process = start(command, "finetune", small_model(), "--data", sums, *words)
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     said = "error: --batch-size 6 cannot be divided among 2 processes in micro-batches of 2; give a multiple"
