@@ -230,6 +230,8 @@ class Passes:
 
     def end(self, loss: float | Tensor | None = None, *, whole: bool = True) -> None:
         """No more tensors come in this step. whole: False where it is broken off, as by an error in backward()."""
+        if whole:
+            self._update_waiting()
         if self.open:
             given, self.optimizer._given_loss = self.optimizer._given_loss, None
             chosen = next((value for value in (loss, self.loss, given) if value is not None), None)

@@ -28,7 +28,7 @@ def release_gradients(
     model: nn.Module,
     optimizer: Any,
     *,
-    loss_scale: bool | float = "auto",  # pyright: ignore[reportArgumentType]
+    loss_scale: bool | float | str = "auto",
     growth_interval: int = law.GROWTH_INTERVAL,
 ) -> "Released":
     """Update each layer of `model` in the backward pass, and free its gradients at once.

@@ -82,7 +82,7 @@ class Attached:
                 "control first"
             )
         self.control, self.optimizer, self.process_group = control, optimizer, process_group
-        self._names = {} if model is None else {p: name for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {} if model is None else {p: name for name, p in model.named_parameters()}
         self._params: list[Tensor] = []
         self._dtypes: list[torch.dtype] = []
         self._observed = self._there = False
@@ -93,7 +93,8 @@ class Attached:
         optimizer.param_groups[:] = groups
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         # First of all: who changes the rate before this hook does finds it afterwards as it left it.
-        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._handles[1].id, last=False)
 
     @torch.no_grad()
     def observe(self, loss: float | Tensor | None = None, entropy: float | Tensor | None = None) -> None:

@@ -1,8 +1,8 @@
 """The guard above steps that are taken layer by layer in the backward pass (`release_gradients`).
 
 When such a step is over its gradients are gone, so that it can be judged and not be undone: the optimizer itself clips
-each tensor in time and leaves layers that are not finite alone. What is left to the guard is what the host decides a
-step later: learning rate, momentum, rollback and stop, by the loss, the norm of all gradients and the update's size.
+each tensor in time and leaves layers that are not finite alone. What is left to the guard is what the host decides once
+it is over: learning rate, momentum, rollback and stop, by the loss, the norm of all gradients and the update's size.
 
     guard.begin()                   # before the backward pass: the learning rate that it is to have
     released.scale(loss).backward()

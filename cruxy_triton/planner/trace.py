@@ -267,7 +267,8 @@ def _run(step: Step, model: Any, recorder: Recorder, autocast: Autocast | None, 
     def make_state(group: list[torch.nn.Parameter]) -> None:
         sizes = []
         if not state:
-            sizes += optimizer.history + [n for p in trained for n in optimizer.tensors(p.numel())]
+            sizes += optimizer.history if step.release else []
+            sizes += [n for p in trained for n in optimizer.tensors(p.numel())]
         if step.release and group[0] not in seen:
             seen.add(group[0])
             sizes += optimizer.beside([p.numel() for p in group], step.device)

@@ -300,7 +300,8 @@ class _Run:
         tape, trained, optimizer = self.tape, self.model.trained, OPTIMIZERS[self.step.optimizer]
         sizes = []
         if not self.state:
-            sizes += optimizer.history + [size for p in trained for size in optimizer.tensors(p.n)]
+            sizes += optimizer.history if self.step.release else []
+            sizes += [size for p in trained for size in optimizer.tensors(p.n)]
         if self.step.release and id(group[0]) not in self.seen:
             self.seen.add(id(group[0]))
             sizes += optimizer.beside([p.n for p in group], self.step.device)

@@ -353,8 +353,10 @@ def test_a_full_run_as_a_process(small_model, questions: Path, command, capsys) 
 
 def test_killed_and_interrupted_it_is_bit_for_bit_the_uninterrupted_run(small_model, questions: Path, command) -> None:
     """Once by SIGKILL in the middle of a step, once by Ctrl-C; codes of 4 bits are rounded at random."""
+    # So small that PyTorch serves each step, whether or not the loops for CPUs have been compiled by then.
+    model = small_model(hidden_size=32, intermediate_size=64)
     words = (
-        "finetune", small_model(), "--data", questions, *FULL, "--state-bits", "4", "--max-steps", "30", "--batch-size",
+        "finetune", model, "--data", questions, *FULL, "--state-bits", "4", "--max-steps", "30", "--batch-size",
         "2", "--max-seq-length", "96", "--max-eval-samples", "10", "--save-steps", "5", "--sample-tokens", "0",
     )  # fmt: skip
     whole = command(*words, "--output", "whole")
