@@ -4,11 +4,14 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 LOW_DISK = 8 << 30  # bytes; a model of 3 billion parameters in 16 bits takes 6 GiB
+
 
 @dataclass
 class Problem:
@@ -25,23 +28,19 @@ def examine() -> dict[str, Any]:
 
     import cruxy_kernels
     from cruxy_triton.environment import versions
+    from cruxy_triton.nvml import Driver
 
     problems: list[Problem] = []
-    devices = _devices(problems)
-    _check_torch_build(problems)
+    driver = Driver.open()
+    with warnings.catch_warnings(record=True) as said:  # torch warns, once, of a driver that it cannot use
+        warnings.simplefilter("always")
+        devices = _devices(problems)
+    _check_torch_build(problems, [str(warning.message) for warning in said])
     _check_triton(devices, problems)
     _check_packages(problems)
     folders = _folders(problems)
-    if sys.platform == "win32" and devices:
-        problems.append(
-            Problem(
-                "note",
-                "on Windows the driver moves GPU memory to system memory when a card is full, so a run that does not "
-                "fit is not refused but becomes several times slower",
-                "keep to the plan's figure for Windows (cruxy-triton plan --os windows), or set 'CUDA - Sysmem "
-                "Fallback Policy' to 'Prefer No Sysmem Fallback' in the NVIDIA control panel",
-            )
-        )
+    if devices:
+        _check_paging(driver, problems)
     main_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, reason = cruxy_kernels.explain_backend(main_device)
     return {
@@ -53,6 +52,7 @@ def examine() -> dict[str, Any]:
             "memory_bytes": memory_bytes(),
         },
         "torch": {"cuda_build": torch.version.cuda, "threads": torch.get_num_threads()},
+        "driver": None if driver is None or driver.version is None else ".".join(map(str, driver.version)),
         "devices": devices,
         "folders": folders,
         "backend": {"device": str(main_device), "name": backend, "reason": reason},
@@ -75,6 +75,8 @@ def _devices(problems: list[Problem]) -> list[dict[str, Any]]:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
+        with torch.cuda.device(index):  # asked of the current device; with emulation torch says yes of any card
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         free, total = torch.cuda.mem_get_info(index)
         found.append(
             {
@@ -83,7 +85,7 @@ def _devices(problems: list[Problem]) -> list[dict[str, Any]]:
                 "multiprocessors": properties.multi_processor_count,
                 "total_bytes": total,
                 "free_bytes": free,
-                "training_dtype": "bfloat16" if capability >= (8, 0) else "float16",
+                "training_dtype": "bfloat16" if bfloat16 else "float16",
             }
         )
         if not _has_code_for(capability, torch.cuda.get_arch_list()):
@@ -95,7 +97,17 @@ def _devices(problems: list[Problem]) -> list[dict[str, Any]]:
                     "install a torch built for an older CUDA version, which still supports this card",
                 )
             )
-        if capability < (8, 0):
+        elif wrong := _computes_wrong(index, "bfloat16" if bfloat16 else "float16"):
+            found[-1]["training_dtype"] = "float32"
+            problems.append(
+                Problem(
+                    "note",
+                    f"{properties.name} computes wrong in 16 bits: {wrong}",
+                    "finetune takes float32 on this card, twice the memory for what is not in 4 bits; another driver "
+                    "or version of torch may be right",
+                )
+            )
+        if not bfloat16:
             problems.append(
                 Problem(
                     "note",
@@ -105,6 +117,22 @@ def _devices(problems: list[Problem]) -> list[dict[str, Any]]:
                 )
             )
     return found
+
+
+def _computes_wrong(index: int, dtype: str) -> str:
+    """What card `index` gets wrong in `dtype`, in words; "" where it is right or busy with other things."""
+    import torch
+
+    from cruxy_triton.finetune import selftest
+
+    try:
+        return "; ".join(selftest.faults(torch.device("cuda", index), getattr(torch, dtype)))
+    except torch.OutOfMemoryError:
+        return ""
+    except RuntimeError as error:
+        return f"trying it fails with {str(error).strip().partition(chr(10))[0]}"
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
@@ -122,8 +150,11 @@ def _has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool
     return False
 
 
-def _check_torch_build(problems: list[Problem]) -> None:
+def _check_torch_build(problems: list[Problem], said: list[str]) -> None:
+    """`said` is what torch warned of when it was asked for devices."""
     import torch
+
+    why = f" ({'; '.join(' '.join(text.split()) for text in said)})" if said else ""
 
     driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
     if driver and torch.version.cuda is None:
@@ -138,7 +169,7 @@ def _check_torch_build(problems: list[Problem]) -> None:
         problems.append(
             Problem(
                 "error",
-                f"torch is built for CUDA {torch.version.cuda}, but finds no usable device",
+                f"torch is built for CUDA {torch.version.cuda}, but finds no usable device{why}",
                 "check that nvidia-smi lists the card, that its driver is new enough for that CUDA version, and that "
                 "CUDA_VISIBLE_DEVICES does not hide it",
             )
@@ -147,7 +178,7 @@ def _check_torch_build(problems: list[Problem]) -> None:
 
 def _check_triton(devices: list[dict[str, Any]], problems: list[Problem]) -> None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         if devices:
             package = "triton-windows" if sys.platform == "win32" else "triton"
@@ -159,6 +190,8 @@ def _check_triton(devices: list[dict[str, Any]], problems: list[Problem]) -> Non
                 )
             )
         return
+    if devices:
+        _check_compiler(Path(triton.__file__ or "").parent, problems)
     if any(d["compute_capability"] == "7.5" for d in devices):
         problems.append(
             Problem(
@@ -167,6 +200,48 @@ def _check_triton(devices: list[dict[str, Any]], problems: list[Problem]) -> Non
                 "fail to compile",
                 "the kernels of cruxy_kernels keep to what this card has; if one fails all the same, set "
                 "CRUXY_BACKEND=torch and report it",
+            )
+        )
+
+
+def _check_compiler(triton: Path, problems: list[Problem]) -> None:
+    """Triton, in the folder `triton`, compiles a few lines of C the first time that it starts a kernel."""
+    asked = os.environ.get("CC")
+    lacks, remedy = "", "install one (Debian, Ubuntu: apt install gcc)"
+    if asked is not None:
+        if shutil.which(asked) is None:
+            lacks, remedy = f"the C compiler that CC names ({asked}) is not there", "unset CC, or correct it"
+    elif sys.platform == "win32":
+        if next(triton.rglob("tcc.exe"), None) is None and shutil.which("cl") is None:
+            lacks, remedy = "no C compiler is there", "pip install -U triton-windows, which brings one"
+    elif shutil.which("gcc") is None and shutil.which("clang") is None:
+        lacks = "no C compiler (gcc, clang) is there"
+    if not lacks and sys.platform != "win32":
+        header = Path(sysconfig.get_paths(scheme="posix_prefix")["include"]) / "Python.h"
+        if not header.is_file():
+            lacks = f"{header} is not there"
+            remedy = "install Python's headers (Debian, Ubuntu: apt install python3-dev)"
+    if lacks:
+        problems.append(
+            Problem(
+                "error",
+                f"Triton cannot start kernels: {lacks}",
+                f"{remedy}, or set CRUXY_BACKEND=torch to do without Triton",
+            )
+        )
+
+
+def _check_paging(driver: Any, problems: list[Problem]) -> None:
+    from cruxy_triton.nvml import pages
+
+    if pages(driver):
+        problems.append(
+            Problem(
+                "note",
+                "on Windows the driver moves GPU memory to system memory when a card is full, so a run that does not "
+                "fit is not refused but becomes several times slower (finetune says so when it sees it)",
+                "keep to the plan's figure for Windows (cruxy-triton plan --os windows), or set 'CUDA - Sysmem "
+                "Fallback Policy' to 'Prefer No Sysmem Fallback' in the NVIDIA control panel",
             )
         )
 
@@ -183,7 +258,9 @@ def _check_packages(problems: list[Problem]) -> None:
             )
         )
     try:
-        import bitsandbytes  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import bitsandbytes  # noqa: F401
     except ImportError as error:
         problems.append(
             Problem("note", f"bitsandbytes cannot be imported ({error}): no --load-in-4bit", "pip install bitsandbytes")
@@ -222,6 +299,7 @@ def render(findings: dict[str, Any]) -> str:
         f"  {system['os']}, {system['cores']} cores" + (f", {memory / 2**30:.1f} GiB memory" if memory else ""),
         f"  torch is built {'for CUDA ' + cuda if (cuda := findings['torch']['cuda_build']) else 'for the CPU only'}; "
         f"{findings['torch']['threads']} threads",
+        *([f"  NVIDIA driver {findings['driver']}"] if findings["driver"] else []),
         "",
         "devices",
     ]

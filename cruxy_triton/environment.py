@@ -63,9 +63,9 @@ def expect_no_hub_in_vain() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for datasets, which reads it when it is imported
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(*, one_gpu: bool = True) -> None:
     """One GPU, and no third-party progress bars and notices, which would bury ours; what they warn of stays."""
-    if "LOCAL_RANK" not in os.environ:  # not under torchrun or accelerate launch
+    if one_gpu and "LOCAL_RANK" not in os.environ:  # not under torchrun or accelerate launch
         # With several GPUs in sight of one process transformers would use DataParallel, which TRL refuses.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

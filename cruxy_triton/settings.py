@@ -32,6 +32,8 @@ FULL_LR = {"cruxy": 4e-5, "cruxy-lion": 2e-5, "adamw": 2e-5, "sgd": 0.5}
 BATCH_SIZE = 8
 STATE_BITS = {"cruxy": (32, 8), "cruxy-lion": (32, 8, 4), "adamw": (32,), "sgd": (32,)}
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
+AUTO = "auto"  # of --lr: the best of a few rates that are tried before the run
+GIVEN = ("given",)  # of `only_with`: any value that is not None
 
 
 # -- one setting -------------------------------------------------------------------------------------
@@ -41,11 +43,13 @@ ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 class Setting:
     """A setting as data. Bounds: minimum and maximum are allowed themselves, above and below are not.
 
-    kind: "text", "int", "float", "switch", "size" (bytes) or "names" (a list of words).
+    kind: "text", "int", "float", "switch", "size" (bytes), "names" (a list of words) or "pattern" (NAME=NUMBER words).
     left_open: what decides where nothing is given, in words. default: None where that is not known before the run.
     searched: `plan` looks for the best value where none is given, whatever `finetune`'s default is.
     configures: one of the planner's `Configuration`, that is, it decides memory, or what a plan must hand on.
     only_with: (another setting, values of it) without which this one has no effect.
+    also: words that may stand in the place of a number. aliases: further flags.
+    largest: of a pattern, whose numbers are whole then.
     """
 
     name: str
@@ -67,6 +71,9 @@ class Setting:
     searched: bool = False
     configures: bool = False
     only_with: tuple[str, tuple[Any, ...]] | None = None
+    also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    largest: int | None = None
 
     @property
     def of_adapters(self) -> bool:
@@ -75,10 +82,15 @@ class Setting:
     @property
     def expected(self) -> str:
         """What may be given, in words."""
+        return " or ".join([self._expected, *self.also])
+
+    @property
+    def _expected(self) -> str:
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         if self.kind not in ("int", "float"):
-            words = {"switch": "true or false", "names": "at least one name", "size": "an amount of memory, as 4GiB"}
+            words = {"switch": "true or false", "names": "at least one name", "size": "an amount of memory, as 4GiB",
+                     "pattern": "names of layers with numbers above 0, as q_proj=8,v_proj=16"}  # fmt: skip
             return words.get(self.kind, "some text")
         noun = "a whole number" if self.kind == "int" else "a finite number"
         unit = f" {self.unit}" if self.unit else ""
@@ -106,10 +118,14 @@ class Setting:
         """`value` in the setting's own type; raises UserError where it cannot be used. None stays: left open."""
         if value is None and self.default is None and not self.required:
             return None
+        if value in self.also:
+            return value
         if self.kind == "size" and isinstance(value, (int, str)) and not isinstance(value, bool):
             return parse_bytes(value)
         if self.kind == "names":
             return self._names(value)
+        if self.kind == "pattern":
+            return self._pattern(value)
         if self.kind in ("int", "float"):
             fine = self._in_range(value)
         else:
@@ -127,6 +143,25 @@ class Setting:
             raise self.refuse("")
         return [ALL_LINEAR] if "all" in names or ALL_LINEAR in names else names
 
+    def _pattern(self, value: Any) -> list[str]:
+        words = value.split(",") if isinstance(value, str) else value
+        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+            raise self.refuse(value)
+        found = [word.strip() for word in words if word.strip()]
+        try:
+            pattern = pattern_of(found)
+            for name, number in pattern.items():
+                re.compile(name)
+                if not name or not 0 < number < math.inf:
+                    raise ValueError
+                if self.largest is not None and (number > self.largest or number != int(number)):
+                    raise ValueError
+        except (ValueError, re.error):
+            raise self.refuse(value) from None
+        if len(pattern) < len(found):  # a name that comes twice
+            raise self.refuse(value)
+        return found
+
     def _in_range(self, value: Any) -> bool:
         kinds = int if self.kind == "int" else (int, float)
         return (
@@ -142,7 +177,7 @@ class Setting:
     def parse(self, text: str) -> Any:
         """The value that a word of the command line stands for."""
         value: Any = text
-        if self.kind in ("int", "float"):
+        if self.kind in ("int", "float") and text not in self.also:
             try:
                 value = int(text) if self.kind == "int" else float(text)
             except ValueError:
@@ -153,7 +188,7 @@ class Setting:
         """The words of the command line that stand for `value`."""
         if self.kind == "switch":
             return [self.flag if value else f"--no-{self.flag[2:]}"]
-        if self.kind == "names":
+        if self.kind in ("names", "pattern"):
             return [self.flag, ",".join(value)]
         if self.kind == "size":
             return [self.flag, f"{value // MIB}MiB" if value % MIB == 0 else str(value)]
@@ -177,6 +212,31 @@ def parse_bytes(text: str | int) -> int:
             "Was the unit forgotten? Write for example 4GiB"
         )
     return int(value)
+
+
+def pattern_of(words: Iterable[str]) -> dict[str, float]:
+    """peft's rank_pattern or alpha_pattern from its words, NAME=NUMBER; raises ValueError for others."""
+    pairs = (word.rpartition("=") for word in words)
+    return {name.strip(): float(number) for name, _, number in pairs}
+
+
+def ranks_of(names: Iterable[str], rank: int, words: Iterable[str]) -> dict[str, int]:
+    """The rank of the adapter on each kind of linear layer, by its name.
+
+    A pattern that may concern some layers of a kind only (model.layers.0.mlp.up_proj) counts for all of them where it
+    is the larger rank: what is planned with it is an upper bound.
+    """
+    found = {}
+    for name in names:
+        all_of_them, some = [], []
+        for key, number in pattern_of(words).items():
+            last = key.rpartition(".")[2]
+            if re.fullmatch(key, name):
+                all_of_them.append(int(number))
+            elif not last.isidentifier() or last == name:
+                some.append(int(number))
+        found[name] = max([*(all_of_them[:1] or [rank]), *some])
+    return found
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -266,6 +326,15 @@ class Settings:
     use_rslora: bool = _lora(False, "scale A/sqrt(R) in place of A/R (rsLoRA)", commands=FINETUNE, configures=False)
     loraplus_lr_ratio: float = _lora(1.0, "learning rate of the B matrices over that of the A matrices (LoRA+)",
                                      above=0, metavar="N", commands=FINETUNE, configures=False)  # fmt: skip
+    use_dora: bool = _lora(False, "learn length and direction of the weights' rows apart (DoRA)")
+    rank_pattern: list[str] = _lora(  # noqa: RUF009 (a field with a factory)
+        [], "other ranks for some layers, by peft's patterns, as q_proj=8,v_proj=32", kind="pattern", largest=4096,
+        metavar="NAME=R", left_open="none",
+    )  # fmt: skip
+    alpha_pattern: list[str] = _lora(  # noqa: RUF009 (a field with a factory)
+        [], "other scales for some layers, as q_proj=16,v_proj=64", kind="pattern", metavar="NAME=A", left_open="none",
+        commands=FINETUNE, configures=False,
+    )  # fmt: skip
     target_modules: list[str] = _lora(  # noqa: RUF009 (a field with a factory)
         [ALL_LINEAR], "layers with adapters, as A B or A,B", metavar="NAME", searched=True
     )
@@ -277,10 +346,12 @@ class Settings:
                           only_with=("optimizer", ("cruxy", "cruxy-lion")))  # fmt: skip
     state_bits: int = _step(None, "bits of the optimizer's state; 8 with cruxy, 8 or 4 with cruxy-lion",
                             choices=(32, 8, 4), searched=True, left_open="32; planned with --method full")  # fmt: skip
-    lr: float = _training(None, "peak learning rate; meta3 uses half of it in a short run", minimum=0, metavar="LR",
-                          left_open="by optimizer: "
-                          + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items()) + "; with --method full "
-                          + ", ".join(f"{name} {rate:g}" for name, rate in FULL_LR.items()))  # fmt: skip
+    lr: Any = _training(  # noqa: RUF009 (a number, or a word in its place)
+        None, "peak learning rate; auto: the best of a few, each tried for 12 steps; meta3 uses half in a short run",
+        kind="float", minimum=0, metavar="LR", also=(AUTO,), aliases=("--learning-rate",),
+        left_open="by optimizer: " + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items())
+        + "; with --method full " + ", ".join(f"{name} {rate:g}" for name, rate in FULL_LR.items()),
+    )  # fmt: skip
     weight_decay: float = _training(0.0, "decoupled weight decay (sgd: L2)", minimum=0, metavar="W")
     lr_schedule: str = _training("linear", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_fraction: float = _training(0.03, "part of the steps to warm up in", minimum=0, below=1, metavar="F",
@@ -306,6 +377,21 @@ class Settings:
     save_steps: int = _training(50, "steps between checkpoints", minimum=1, metavar="N")
     report_to: str = _training("none", "where the rows of metrics.jsonl go as well",
                                choices=("none", "tensorboard", "wandb", "trackio"))  # fmt: skip
+    retry: bool = _training(True, "when memory runs out, go on with the next configuration that makes the same steps "
+                            "in less")  # fmt: skip
+    eval_steps: int | None = _training(None, "steps between evaluations on held-out records", minimum=1, metavar="N",
+                                       left_open="only before and after")  # fmt: skip
+    early_stopping_patience: int | None = _training(
+        None, "stop after so many evaluations in a row without a lower held-out loss", minimum=1, metavar="N",
+        left_open="never",
+    )  # fmt: skip
+    early_stopping_threshold: float = _training(
+        0.0, "by how much the held-out loss must fall to count as lower", minimum=0, metavar="D",
+        only_with=("early_stopping_patience", GIVEN),
+    )  # fmt: skip
+    load_best_model_at_end: bool = _training(
+        True, "the adapter is that of the evaluation with the lowest held-out loss", only_with=("eval_steps", GIVEN)
+    )
     samples: int = _training(5, "held-out prompts that the report answers, before and after", minimum=0, metavar="N")
     sample_tokens: int = _training(48, "length of such an answer; 0 for none", minimum=0, metavar="N")
 
@@ -365,6 +451,8 @@ def check_together(values: Mapping[str, Any]) -> None:
             f"--clip tensor with --optimizer {optimizer} is done by the guard, which --guard {guard} keeps from "
             "acting; give --guard act, or --optimizer cruxy, which clips inside its own update"
         )
+    if values.get("early_stopping_patience") is not None and values.get("eval_steps") is None:
+        raise UserError("--early-stopping-patience counts evaluations during the run; give --eval-steps N too")
     batch, micro = values.get("batch_size"), values.get("micro_batch_size")
     if batch is not None and micro is not None and batch % micro:
         raise UserError(
@@ -372,6 +460,8 @@ def check_together(values: Mapping[str, Any]) -> None:
             "an optimizer step takes a whole number of micro-batches"
         )
     if values.get("method") == "full":
+        if values.get("lr") == AUTO:
+            raise UserError("--lr auto is for adapters, which are put back after each trial; give a rate")
         if values.get("load_in_4bit"):
             raise UserError("4-bit weights cannot learn; leave --load-in-4bit out of --method full, or take LoRA")
         if values.get("dtype") == "float16" and optimizer in ("adamw", "sgd"):
@@ -425,8 +515,9 @@ def without_effect(given: Mapping[str, Any], command: str) -> list[str]:
         other, values = SETTINGS[setting.only_with[0]], setting.only_with[1]
         open_to_search = command == "plan" and other.searched and other.name not in given
         there = given.get(other.name, usual[other.name])
-        if there not in values and not open_to_search:
-            why = f"without {other.flag}" if there is False else f"with {other.flag} {there}"
+        met = there is not None if values == GIVEN else there in values
+        if not met and not open_to_search:
+            why = f"without {other.flag}" if there in (False, None) else f"with {other.flag} {there}"
             notes.append(f"{setting.flag} has no effect {why}")
     return notes
 
@@ -474,7 +565,7 @@ def command_words(values: Mapping[str, Any]) -> list[str]:
         value = values.get(setting.name)
         if setting.only_with is not None and values.get(setting.only_with[0]) not in setting.only_with[1]:
             continue
-        if value is not None and (list(value) if setting.kind == "names" else value) != usual[setting.name]:
+        if value is not None and (list(value) if isinstance(value, tuple) else value) != usual[setting.name]:
             words += setting.words(value)
     return words
 

@@ -1,30 +1,28 @@
-"""TinyLlama-1.1B on your own records in 4 GB of GPU memory, as a library call instead of the command.
+"""TinyLlama-1.1B in 4 GB of GPU memory, in 16 bits, as a library call in place of the command; then a question to it.
 
-    python examples/finetune_tinyllama.py train.jsonl
+    python examples/finetune_tinyllama.py --data train.jsonl
+    python examples/finetune_tinyllama.py --tiny                # the same on a CPU, with a stand-in of 100,000 weights
 
-The same as `cruxy-triton finetune TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data train.jsonl --vram 4GiB`.
+The same as `cruxy-triton finetune TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data train.jsonl --vram 4GiB --lora-r 8
+--max-steps 200`, and `cruxy-triton generate`.
 """
 
-import sys
+from stand_in import settings_of, train
 
-from cruxy_triton.finetune.folder import RunFolder
-from cruxy_triton.finetune.recipe import Recipe
-from cruxy_triton.finetune.run import Hooks, finetune
+from cruxy_triton.finetune import adapter
 
-
-def main(model: str, data: str) -> None:
-    recipe = Recipe(
-        model=model,
-        data=data,
-        output="runs/tinyllama",
-        vram_bytes=4 * 2**30,
-        lora_r=8,
-        max_steps=200,
-    )
-    result = finetune(recipe, RunFolder(recipe.output), Hooks(say=print))
-    assert result.after is not None
-    print(f"held-out perplexity {result.before['perplexity']:.2f} -> {result.after['perplexity']:.2f}")
-
+SETTINGS = {
+    "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "data": "openai/gsm8k",
+    "subset": "main",
+    "output": "runs/tinyllama",
+    "vram_bytes": 4 << 30,
+    "lora_r": 8,
+    "max_steps": 200,
+}
 
 if __name__ == "__main__":
-    main("TinyLlama/TinyLlama-1.1B-Chat-v1.0", sys.argv[1])
+    result = train(settings_of(SETTINGS, __doc__, "llama", chat=True))
+    source = adapter.find(str(result.folder))
+    model, tokenizer, _ = adapter.open_model(source)
+    print(adapter.Talk(model, tokenizer, source).ask("What is 3 plus 4?", 24))

@@ -5,8 +5,9 @@
         --vary optimizer=cruxy,adamw lr=x0.5,x1,x2 seed=0,1,2 --out runs.jsonl
 
 Any option of `finetune` is taken, or varied by the name that run.json has for it; a rate of x2 is twice the
-optimizer's default. Prints medians over the seeds. Each run is a line of the file, and what it holds is not run again.
-Without --model and --data it is the tiny model of the demo, with the docstrings of the other demo: half a minute a run.
+optimizer's default, one of auto is searched. Prints medians over the seeds. Each run is a line of the file, and what
+it holds is not run again. Without --model and --data it is the tiny model of the demo, with the docstrings of the other
+demo: half a minute per run.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def grid(vary: dict[str, list[Any]], given: dict[str, Any]) -> list[dict[str, An
     cells = []
     for values in itertools.product(*vary.values()):
         cell = {**given, **dict(zip(vary, values, strict=True))}
-        if isinstance(rate := cell.get("lr"), str):
+        if str(rate := cell.get("lr")).startswith("x"):
             cell["lr"] = float(rate[1:]) * DEFAULT_LR[cell.get("optimizer", SETTINGS["optimizer"].default)]
         cells.append(cell)
     return cells
@@ -61,9 +62,11 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = finetune(Recipe(**cell, output=folder), RunFolder(folder), Hooks())
+        lr = json.loads((Path(folder) / "run.json").read_text())["lr"]
     assert result.after is not None, "interrupted"
     seconds = time.perf_counter() - start
-    return {"before": result.before["loss"], "after": result.after["loss"], "steps": result.step, "seconds": seconds}
+    before, after = result.before["loss"], result.after["loss"]
+    return {"lr": lr, "before": before, "after": after, "steps": result.step, "seconds": seconds}
 
 
 def table(cells: list[dict[str, Any]], losses: list[float], vary: dict[str, list[Any]]) -> str:
@@ -73,7 +76,7 @@ def table(cells: list[dict[str, Any]], losses: list[float], vary: dict[str, list
     found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
     for cell, loss in zip(cells, losses, strict=True):
         found.setdefault(tuple(cell[name] for name in rows), {}).setdefault(cell.get("lr"), []).append(loss)
-    lines = [[*rows, *("default rate" if rate is None else f"{rate:g}" for rate in rates)]]
+    lines = [[*rows, *("default rate" if rate is None else str(rate) for rate in rates)]]
     for key, row in found.items():
         lines.append([*map(str, key), *(f"{statistics.median(row[r]):.4f}" if r in row else "" for r in rates)])
     return columns(lines)

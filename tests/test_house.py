@@ -21,7 +21,7 @@ PACKAGES = {"cruxy_triton": ROOT / "cruxy_triton", "cruxy_kernels": ROOT / "kern
 # Under all of them lies cruxy_kernels, which imports nothing of cruxy_triton.
 
 FLOORS = [
-    {"cruxy_triton.errors", "cruxy_triton.files", "cruxy_triton.settings", "cruxy_triton.environment"},
+    {f"cruxy_triton.{name}" for name in ("errors", "files", "settings", "environment", "nvml")},
     {
         "cruxy_triton.controllers",
         "cruxy_triton.batches",

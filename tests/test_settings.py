@@ -49,6 +49,8 @@ VARIED = {
     "lora_r": [("t4", {"lora_r": value}) for value in (8, 24)],
     "lora_alpha": [("t4", {"lora_alpha": value}) for value in (3, 17.5)],
     "lora_dropout": [("t4", {"lora_dropout": 0.05})],
+    "use_dora": [("t4", {"use_dora": True})],
+    "rank_pattern": [("t4", {"rank_pattern": ["q_proj=4", "v_proj=32"]})],
     "target_modules": [("t4", {"target_modules": "q_proj, v_proj"}), ("t4", {"target_modules": ["all-linear"]})],
     "optimizer": [("t4", {"optimizer": name}) for name in settings.STATE_BITS],
     "state_bits": [("t4", {"optimizer": "cruxy-lion", "state_bits": bits}) for bits in (4, 8, 32)],
@@ -175,6 +177,7 @@ def test_what_both_commands_take_means_the_same() -> None:
     both = [s for s in settings.SETTINGS.values() if len(s.commands) == 2 and s.flag]
     assert {"max_seq_length", "batch_size", "vram_bytes", "optimizer", "target_modules"} <= {s.name for s in both}
     examples = {"size": ["4G", "4GB", "4GiB"], "names": ["q_proj,v_proj"], "float": ["0.5"], "int": ["32"]}
+    examples["pattern"] = ["q_proj=8"]
     for setting in both:
         for text in examples.get(setting.kind, setting.choices[:1]) if setting.kind != "switch" else [None]:
             words = [setting.flag, *([] if text is None else [str(text)])]
@@ -204,6 +207,7 @@ def test_sizes(text: str, amount: int) -> None:
 
 def test_every_setting_survives_its_own_words() -> None:
     values = {"text": "x", "int": 32, "float": 0.25, "size": 3_000_000_001, "names": ["a", "b"]}
+    values["pattern"] = ["a=2", "b=3"]
     for setting in settings.SETTINGS.values():
         if not setting.flag:
             continue

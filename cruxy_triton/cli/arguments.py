@@ -66,7 +66,8 @@ def add_settings(parser: argparse.ArgumentParser, command: str, names: Sequence[
             add(setting.flag, f"--no-{setting.flag[2:]}", nargs=0, **shown)
         else:
             metavar = setting.metavar or "|".join(map(str, setting.choices)) if setting.choices else setting.metavar
-            add(setting.flag, nargs="+" if setting.kind == "names" else None, metavar=metavar, **shown)
+            nargs = "+" if setting.kind in ("names", "pattern") else None
+            add(setting.flag, *setting.aliases, nargs=nargs, metavar=metavar, **shown)
 
 
 def given(args: argparse.Namespace, command: str) -> dict[str, Any]:

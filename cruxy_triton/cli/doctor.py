@@ -4,6 +4,7 @@ import argparse
 import json
 
 from cruxy_triton import doctor
+from cruxy_triton.environment import quiet_libraries
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    quiet_libraries(one_gpu=False)
     findings = doctor.examine()
     print(json.dumps(findings, indent=2) if args.json else doctor.render(findings))
     return 1 if any(p["severity"] == "error" for p in findings["problems"]) else 0

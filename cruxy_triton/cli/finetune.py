@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cruxy_triton import settings
-from cruxy_triton.cli.arguments import add_settings
+from cruxy_triton.cli.arguments import Parser, add_settings
 from cruxy_triton.cli.arguments import given as typed
+from cruxy_triton.cli.config import with_file
 from cruxy_triton.environment import quiet_libraries, require_train_extra
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune.recipe import Recipe
@@ -33,6 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--demo", nargs="?", const="smollm2", choices=("smollm2", "tiny"), metavar="tiny",
         help="fine-tune a real chat model of 135 M parameters (93 MB to download, no account); tiny: a small model "
         "that is made here, without a network")  # fmt: skip
+    add("--config", metavar="FILE", help="take options from a YAML file, by their names; what is typed wins")
+    add("--dry-run", action="store_true", help="show the plan, the first records as the model will see them and token "
+        "statistics; nothing is loaded, trained or written")  # fmt: skip
     add("--plan", metavar="FILE", help="run exactly the plan saved by `cruxy-triton plan --save`")
     add("--resume", action="store_true", help="continue the interrupted run in --output")
     add("--overwrite", action="store_true", help="replace the run in --output")
@@ -44,6 +48,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require_train_extra()
     quiet_libraries()
+    if args.config is not None:
+        parser = Parser(prog="cruxy-triton finetune")
+        configure(parser)
+        with_file(args, parser)
     settings.refuse_adapters(getattr(args, "given", {}), getattr(args, "given", {}).get("method"))
     given = typed(args, "finetune")
     from cruxy_triton.finetune import processes
@@ -80,6 +88,8 @@ def _run(args: argparse.Namespace, given: dict[str, Any], together: Any) -> int:
     from cruxy_triton.finetune.folder import RunFolder
 
     if args.resume:
+        if args.dry_run:
+            raise UserError("--dry-run shows a run before it begins; leave out --resume")
         if "output" not in given:
             raise UserError("--resume needs --output, the folder of the run to continue")
         folder = RunFolder(given["output"], resume=True, overwrite=args.overwrite)
@@ -104,6 +114,16 @@ def _run(args: argparse.Namespace, given: dict[str, Any], together: Any) -> int:
 
     if record_gradients and recipe.releases:
         raise UserError("--record-gradients needs --no-release: released gradients are gone before they could be saved")
+    if args.dry_run:
+        from cruxy_triton.finetune import preview
+
+        found = run_module.dry_run(recipe, folder, run_module.Hooks(say=say))
+        for line in preview.lines(found):
+            say(line)
+        if args.json:
+            print(json.dumps(found))
+        return 0
+
     display = Progress()
     hooks = run_module.Hooks(say=say, progress=display)
     try:

@@ -10,7 +10,7 @@ The folder's state is `status` in run.json:
 
     (absent) --begin--> running --> finished, diverged, or stopped by the guard
                         |    ^
-                        v    | --resume
+                        v    | --resume (after `out of memory` also by itself)
                    interrupted, out of memory, failed (or running still, when the process was killed)
 
 A folder belongs to one process at a time (`locked`). `begin` comes when nothing can refuse the input any more;
@@ -153,6 +153,10 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoints.checkpoints(self.checkpoints)  # puts back one that a crash left aside
 
+    def go_on(self) -> None:
+        """From now on the run that `begin` began is continued."""
+        self.resuming, self._overwrite = True, False
+
     def finish(self) -> None:
         """Called when the run is finished: removes what only a resumed one needs, and what --overwrite set aside."""
         shutil.rmtree(self.snapshots, ignore_errors=True)
@@ -194,7 +198,7 @@ class RunFolder:
         for later in checkpoints.checkpoints(self.checkpoints):
             if checkpoints.step_of(later) > step:
                 shutil.rmtree(later, ignore_errors=True)
-        kept = [r for r in self.read_metrics() if r["step"] <= step and ("eval_loss" not in r or r["step"] == 0)]
+        kept = [row for row in self.read_metrics() if row["step"] <= step and not row.get("final")]
         files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         if checkpoint is None:
             self.events.unlink(missing_ok=True)

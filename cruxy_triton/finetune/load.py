@@ -16,8 +16,9 @@ import torch
 
 from cruxy_triton.environment import expect_no_hub_in_vain
 from cruxy_triton.errors import UserError
+from cruxy_triton.finetune.memory import ran_out
 from cruxy_triton.finetune.recipe import Recipe
-from cruxy_triton.settings import resolve_dtype
+from cruxy_triton.settings import pattern_of, resolve_dtype
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 # Of the weights that NF4 is for (all matrices but embeddings and head) so many must be in 4 bits, or the plan is void.
@@ -218,12 +219,12 @@ def model_of(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the weights of {recipe.model} do not fit the memory allowed; try --load-in-4bit or a smaller model "
-            "(`cruxy-triton plan` says what fits)"
-        ) from None
     except Exception as error:
+        if ran_out(error):
+            raise UserError(
+                f"the weights of {recipe.model} do not fit the memory allowed; try --load-in-4bit or a smaller model "
+                "(`cruxy-triton plan` says what fits)"
+            ) from None
         raise UserError(_damaged_file(recipe) or _why_not_loaded(recipe, error)) from error
     model, info = loaded
     _check_loaded(recipe, info)
@@ -357,6 +358,9 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.lora_dropout,
         use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        rank_pattern={name: int(rank) for name, rank in pattern_of(recipe.rank_pattern).items()},
+        alpha_pattern=pattern_of(recipe.alpha_pattern),  # type: ignore[arg-type]
         target_modules=targets,
         exclude_modules=excluded or None,
         task_type="CAUSAL_LM",
@@ -375,9 +379,27 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
             f"--target-modules {' '.join(recipe.target_modules)} does not match this model; its linear layers are "
             f"{', '.join(names) or 'none'} ({str(error).partition(chr(10))[0]})"
         ) from None
+    _check_patterns(adapted, recipe)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
             f"--target-modules {' '.join(recipe.target_modules)} takes in the output layer, which TRL's loss reads "
             "past its adapter; leave that one out"
         )
     return adapted
+
+
+def _check_patterns(adapted: Any, recipe: Recipe) -> None:
+    """Raises UserError for a pattern that no adapter follows; peft goes on without it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import get_pattern_key
+
+    layers = [name for name, module in adapted.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for flag, words in (("--rank-pattern", recipe.rank_pattern), ("--alpha-pattern", recipe.alpha_pattern)):
+        keys = list(pattern_of(words))
+        followed = {get_pattern_key(keys, name) for name in layers}
+        if idle := [key for key in keys if key not in followed]:
+            ends = sorted({name.rpartition(".")[2] for name in layers})
+            raise UserError(
+                f"{flag} {idle[0]} concerns no layer with an adapter, or each follows an earlier pattern; these layers "
+                f"are {', '.join(ends)}"
+            )

@@ -17,6 +17,8 @@ from cruxy_triton.planner.search import step_of
 from cruxy_triton.planner.timeline import timeline
 
 MIB = 1 << 20
+# Allocations that fail outside of PyTorch's CUDA allocator raise a RuntimeError with one of these.
+MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "out of memory at line")
 PLANNED = [name for name, setting in settings.SETTINGS.items() if "planned" in setting.left_open]
 
 
@@ -47,24 +49,28 @@ def make_plan(
     """
     longest = min(longest_allowed, longest_record)
     card = card or card_of(recipe, device)
-    given = {name: getattr(recipe, name) for name in settings.CONFIGURES if name not in ("device", "vram_bytes")}
-    given["dtype"] = str(dtype).removeprefix("torch.")
-    if processes > 1:
-        given["batch_size"] //= processes
-
-    def planned(card: Card) -> Plan:
-        return plan(config.to_dict(), card, longest=longest, margin=False, alternatives=False, **given)
-
-    answer = planned(card)
+    answer = planned(recipe, config, card, dtype, longest, processes)
     if processes > 1:
         buckets = answer.components.get("adapters", 0)  # a float32 gradient is as large as what it is of
-        answer = planned(replace(card, context_bytes=card.context_bytes + buckets))
+        reserved = replace(card, context_bytes=card.context_bytes + buckets)
+        answer = planned(recipe, config, reserved, dtype, longest, processes)
     if not answer.fits:
         raise UserError(_too_small(answer, recipe))
     for name in PLANNED:
         setattr(recipe, name, getattr(answer.config, name))
     recipe.batch_size *= processes
     return answer
+
+
+def planned(
+    recipe: Recipe, config: Any, card: Card, dtype: torch.dtype, longest: int | None = None, processes: int = 1
+) -> Plan:
+    """The planner's answer for `recipe` as it is, on `card`, whether it fits or not; for one of `processes`."""
+    given = {name: getattr(recipe, name) for name in settings.CONFIGURES if name not in ("device", "vram_bytes")}
+    given["dtype"] = str(dtype).removeprefix("torch.")
+    if processes > 1:
+        given["batch_size"] //= processes
+    return plan(config.to_dict(), card, longest=longest, margin=False, alternatives=False, **given)
 
 
 def _too_small(nearest: Plan, recipe: Recipe) -> str:
@@ -129,6 +135,13 @@ def limit(recipe: Recipe, device: torch.device) -> None:
         # PyTorch's allocator is limited without the CUDA context, which the budget includes.
         allowed = recipe.vram_bytes - Card.budget(recipe.vram_bytes).context_bytes
         torch.cuda.set_per_process_memory_fraction(max(0.0, allowed / total), device)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that memory did not suffice, on a card or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 def measured(device: torch.device) -> dict[str, int]:

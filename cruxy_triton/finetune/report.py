@@ -15,7 +15,8 @@ MIB = 1 << 20
 SHOWN_SAMPLES = 5
 SHOWN_EVENTS = 20
 CARD_SETTINGS = (
-    "method", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "target_modules",
+    "method", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "loraplus_lr_ratio", "target_modules",
     "optimizer", "state_bits", "mode", "clip", "lr", "lr_schedule",
     "warmup_fraction", "weight_decay", "batch_size", "max_seq_length", "load_in_4bit", "seed",
 )  # fmt: skip
@@ -208,7 +209,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             else [f"| tokens put first that were right | {before['accuracy']:.1%} | {after['accuracy']:.1%} |"]
         ),
         "",
-        *(f"- {warning}" for warning in run["warnings"]),
+        *_best(run),
+        *(f"- {warning}" for warning in [*run["warnings"], *run.get("out_of_memory", ())]),
         "",
         "![loss, learning rate, gradient norm and phase by step](plot.png)",
         "",
@@ -226,7 +228,7 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"| base weights | {run['weights']['total']:,} in {run['dtype']}, {run['weights']['quantized']:,} of them in 4 "
         f"bits; gradient checkpointing {'on' if recipe['gradient_checkpointing'] else 'off'} |",
         f"| LoRA | r {recipe['lora_r']}, alpha {recipe['lora_alpha']}, dropout {recipe['lora_dropout']}, on "
-        f"{', '.join(recipe['target_modules'])}{', scaled by 1/sqrt(r)' if recipe['use_rslora'] else ''}: "
+        f"{', '.join(recipe['target_modules'])}{_adapter_kind(recipe)}: "
         f"{run['trainable_parameters']:,} parameters (float32) |"
         if adapter
         else f"| trained | every weight: {run['trainable_parameters']:,} parameters ({run['dtype']})"
@@ -242,6 +244,8 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     if run.get("resumed_at_steps"):
         lines.append(f"| resumed at step | {', '.join(map(str, run['resumed_at_steps']))} |")
+    if found := run.get("rate_search"):
+        lines += ["", "## The learning rate", "", *_rate(found)]
     if guard := result.get("guard"):
         lines += ["", "## The guard", "", *_guard(guard)]
     lines += _samples(run["samples"])
@@ -262,6 +266,50 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     code = used_with_peft if adapter else used_alone
     lines += ["", f"## Using the {'adapter' if adapter else 'model'}", "", "```python", *code, "```", ""]
     return "\n".join(lines)
+
+
+def _adapter_kind(recipe: dict[str, Any]) -> str:
+    """What sets the adapters apart from plain LoRA."""
+    said = ["scaled by 1/sqrt(r)"] if recipe["use_rslora"] else []
+    said += ["with DoRA"] if recipe["use_dora"] else []
+    for name in ("rank", "alpha"):
+        said += [f"{name} {' '.join(recipe[f'{name}_pattern'])}"] if recipe[f"{name}_pattern"] else []
+    return "".join(f", {each}" for each in said)
+
+
+def _best(run: dict[str, Any]) -> list[str]:
+    """Which of the evaluated adapters this is, where there were evaluations during the run."""
+    found = run["result"].get("best")
+    if found is None:
+        return []
+    said = []
+    if run["recipe"]["load_best_model_at_end"] and found["step"] is not None:
+        said.append(
+            f"The adapter is that of step {found['step']}, which had the lowest held-out loss of {found['count']} "
+            "evaluations: chosen by this loss, so the loss on records of neither part may be a little higher."
+        )
+    if found["stopped"]:
+        said.append(f"Stopped early, after {found['since']} evaluations without a lower loss.")
+    return [" ".join(said), ""] if said else []
+
+
+def _rate(found: dict[str, Any]) -> list[str]:
+    """What `--lr auto` tried, and what it cost."""
+    steps, count = found["steps"], len(found["tried"])
+    lines = [
+        f"Found before the run: {steps} steps at each rate, from one start on the same {found['records']} training "
+        f"records, then the loss on {found['judges']} others ({found['before']:.4f} before). In all {steps * count} "
+        f"steps and {found['seconds']:.0f} s, no part of the times above.",
+        *(["", "The best rate is at the edge of what was tried."] if found["at_edge"] else []),
+        "",
+        "| learning rate | loss | seconds |",
+        "|---|---|---|",
+    ]
+    for row in found["tried"]:
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        chosen = row["lr"] == found["lr"]
+        lines.append(f"| {row['lr']:g} | {f'**{loss}**' if chosen else loss} | {row['seconds']:.1f} |")
+    return lines
 
 
 def _guard(guard: dict[str, Any]) -> list[str]:

@@ -17,19 +17,22 @@ from typing import Any
 
 import torch
 
-from cruxy_triton import files
+from cruxy_triton import files, settings
 from cruxy_triton.environment import require_reporter, versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import full, load, memory, processes, report
+from cruxy_triton.finetune import full, load, memory, preview, processes, report, retry, selftest
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
 from cruxy_triton.guard import events as guard_events
 from cruxy_triton.guard.checkpoints import step_of
 
-# Settings that a resumed run may differ in: they do not change what is computed.
-RESUME_MAY_CHANGE = {"output", "save_steps", "sample_tokens", "report_to"}
+# Settings that a resumed run may differ in: they do not change what is computed, the second row but for rounding.
+RESUME_MAY_CHANGE = {
+    "output", "save_steps", "sample_tokens", "retry", "report_to",
+    "micro_batch_size", "gradient_checkpointing", "chunked_loss", "attention",
+}  # fmt: skip
 PATHS = ("model", "data", "eval_data")
 TEXT_PROMPT_TOKENS = 32
 MIN_APPLIED = 0.1  # of a run's steps; one with fewer has failed
@@ -66,11 +69,14 @@ class Hooks:
 
 def resume_recipe(folder: RunFolder, given: dict[str, Any]) -> Recipe:
     """The recipe of the run in `folder`; raises UserError if `given` (settings typed by the user) contradict it."""
-    recipe = Recipe.from_dict(folder.read_run()["recipe"])
+    record = folder.read_run()
+    recipe = Recipe.from_dict(record["recipe"])
     recipe.output = str(folder.path)
     for name, value in given.items():
         if name in RESUME_MAY_CHANGE:
             setattr(recipe, name, value)
+        elif name == "lr" and value == settings.AUTO and "rate_search" in record:
+            continue  # found when the run began
         elif (_absolute(value) if name in PATHS else value) != getattr(recipe, name):
             raise UserError(
                 f"--resume continues a run with {name} = {getattr(recipe, name)!r}, but {value!r} is given now; "
@@ -90,6 +96,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     Raises UserError for input that cannot be used, before anything is written, and TrainingFailed when
     training itself breaks; checkpoints and metrics up to then are kept.
     """
+    ran_out: list[str] = []
     with contextlib.ExitStack() as stack:
         together = processes.start(recipe.device)
         if not together.first:
@@ -97,21 +104,59 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
         with together.together():
             if together.first:
                 stack.enter_context(folder.locked(hooks.say))
-            run = _Run(recipe, folder, hooks, together)
-        try:
-            return run.go(record_gradients if together.first else 0)
-        except RuntimeError as error:
-            if not processes.lost(error):
-                raise
-            raise TrainingFailed("another process of this run has ended; its own message says why") from error
+        while True:
+            try:
+                with together.together():
+                    run = _Run(recipe, folder, hooks, ran_out, together)
+                return run.go(record_gradients if together.first else 0)
+            except retry.OutOfMemory as error:
+                retry.release(error)
+                # Of several processes one alone cannot change what all of them compute.
+                able = recipe.retry and together.count == 1
+                following = retry.following(error.attempt) if able else None
+                if following is None:
+                    raise TrainingFailed(f"{error}: {retry.advice(error.attempt)}") from error
+                recipe, how = following
+                ran_out.append(f"{error}; {how}")
+                hooks.say(f"warning: {ran_out[-1]}")
+                if error.attempt.begun:
+                    folder.go_on()
+            except RuntimeError as error:
+                if not processes.lost(error):
+                    raise
+                raise TrainingFailed("another process of this run has ended; its own message says why") from error
+
+
+def dry_run(recipe: Recipe, folder: RunFolder, hooks: Hooks) -> dict[str, Any]:
+    """What `recipe` would do: plan, statistics and the first sequences; nothing is loaded or written.
+
+    Raises UserError for what `finetune` would refuse before it loads the model.
+    """
+    run = _Run(recipe, folder, hooks, [])
+    run._look()
+    run._read()
+    return preview.of(run.rows, run.tokens, recipe, run.tokenizer, packed=run.data.packed) | {
+        "plan": run.plan.to_dict(),
+        "recipe": recipe.to_dict(),
+        "warnings": [str(loss) for loss in run.data.losses],
+    }
 
 
 class _Run:
     """One run; its methods are its stages, in order."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks, together: processes.Processes) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        hooks: Hooks,
+        ran_out: list[str],
+        together: processes.Processes = processes.Processes(),  # noqa: B008 (frozen: one process)
+    ) -> None:
+        """`ran_out` has a sentence for each attempt that ran out of memory and is not in run.json yet."""
         self.recipe = recipe
         self.processes = together
+        self.ran_out = ran_out
         self.folder = folder
         self.hooks = hooks
         self.saved = folder.read_run() if folder.resuming else None
@@ -122,28 +167,31 @@ class _Run:
         recipe.data, recipe.eval_data = str(_absolute(recipe.data)), _absolute(recipe.eval_data)
 
     def go(self, record_gradients: int) -> Result:
-        with self.processes.together():
-            self.device = load.device_of(self.recipe)
-            card = memory.card_of(self.recipe, self.device, self.processes.local)
-        self.card = min(self.processes.gather(card), key=lambda each: each.usable_bytes())
+        self._look()
         with self.processes.together():
             self._read()
         try:
             self._load()
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory("before training", error) from error
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            raise self._out_of_memory("before training", error, begun=self.folder.resuming) from error
         self.run = self.processes.from_first(self._begin)
         with self.processes.together():
             if not self.folder.run_json.is_file():
                 raise UserError(f"{self.folder.path} is not on storage that all machines of this run share")
         return self._train(record_gradients)
 
-    def _out_of_memory(self, when: str, error: Exception) -> TrainingFailed:
-        return TrainingFailed(
-            f"out of memory {when} (the plan said {memory.summary(self.plan)}): close other programs and start again"
-            f"{' with --resume' if self.folder.run_json.is_file() else ''}, or lower --max-seq-length "
-            f"({str(error).partition('.')[0]})"
-        )
+    def _look(self) -> None:
+        """The device, and the smallest card of all processes, for which all of them plan."""
+        with self.processes.together():
+            self.device = load.device_of(self.recipe)
+            card = memory.card_of(self.recipe, self.device, self.processes.local)
+        self.card = min(self.processes.gather(card), key=lambda each: each.usable_bytes())
+
+    def _out_of_memory(self, when: str, error: Exception, *, begun: bool) -> retry.OutOfMemory:
+        attempt = retry.Attempt(self.recipe, self.shape, self.plan, self.device, self.dtype, begun)
+        return retry.OutOfMemory(when, attempt, error)
 
     def _read(self) -> None:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
@@ -151,7 +199,7 @@ class _Run:
         require_reporter(recipe.report_to)
         if self.processes.count > 1:
             self._share()
-        self.dtype = load.dtype_of(recipe, self.device)
+        self.dtype = selftest.trusted(load.dtype_of(recipe, self.device), self.device, recipe.dtype, say)
         for note in full.check(recipe, self.dtype):
             say(note)
         self.config = load.config_of(recipe)
@@ -208,9 +256,15 @@ class _Run:
     def _share(self) -> None:
         """Raises UserError for what several processes cannot do together."""
         recipe, count = self.recipe, self.processes.count
-        if recipe.method == "full" or recipe.layerwise != "none":
-            odd = "--method full" if recipe.method == "full" else f"--layerwise {recipe.layerwise}"
-            raise UserError(f"{odd} is for one process, and these are {count}; leave out one of the two")
+        odd = {
+            "--method full": recipe.method == "full",
+            f"--layerwise {recipe.layerwise}": recipe.layerwise != "none",
+            "--lr auto": recipe.lr == settings.AUTO,
+            "--eval-steps": recipe.eval_steps is not None,
+        }
+        if any(odd.values()):
+            flag = next(flag for flag, given in odd.items() if given)
+            raise UserError(f"{flag} is for one process, and these are {count}; leave out one of the two")
         part, rest = divmod(recipe.batch_size, count)
         if rest or part % (recipe.micro_batch_size or 1):
             raise UserError(
@@ -288,6 +342,17 @@ class _Run:
                 f"numbers, or overflow in {self.dtype_name}; try {wider}"
             )
         self.samples = self._samples()
+        self.rate_search = self._find_rate() if recipe.lr == settings.AUTO else None
+
+    def _find_rate(self) -> dict[str, Any]:
+        from cruxy_triton.finetune import rate
+
+        found = rate.search(
+            self.model, self.tokenizer, self.rows[0], self.recipe, self.dtype, packed=self.data.packed,
+            sequences=self.lengths["sequences"], say=self.hooks.say,
+        )  # fmt: skip
+        self.recipe.lr = found["lr"]
+        return found
 
     def _load_model(self) -> None:
         recipe = self.recipe
@@ -297,7 +362,6 @@ class _Run:
             recipe, self.config, self.device, self.dtype, attention, self.checkpoint if whole else None
         )
         if self.weights.beyond:
-            assert self.plan is not None
             self.hooks.say(memory.larger(self.plan, recipe, self.weights.beyond))
         self.model = base.requires_grad_(True) if whole else load.add_lora(base, recipe)
 
@@ -306,8 +370,9 @@ class _Run:
         recipe, folder = self.recipe, self.folder
         copies = COPIES_IN_CHECKPOINTS
         copies += COPIES_IN_SNAPSHOTS if full.keeps_snapshots(recipe, self.parameters) else 0
+        best = COPIES_IN_CHECKPOINTS + 1 if self.trainer.best.keeps else 0
         result, copy_bytes = full.copy_bytes(recipe, self.parameters)
-        folder.begin(result + copies * copy_bytes)
+        folder.begin((1 + best) * result + copies * copy_bytes)
         data, device = self.data, self.device
         self.run: dict[str, Any] = self.saved or {
             "status": "running",
@@ -327,11 +392,15 @@ class _Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "dtype": self.dtype_name,
             "processes": self.processes.count,
-            "plan": None if self.plan is None else self.plan.to_dict(),
+            "plan": self.plan.to_dict(),
             "versions": versions(),
             "command": sys.argv,
         }
+        if self.ran_out:
+            self.run.setdefault("out_of_memory", []).extend(self.ran_out)
+            self.ran_out.clear()
         if folder.resuming:
+            self.run |= {"recipe": recipe.to_dict(), "plan": self.plan.to_dict()}
             self.run.pop("stopped", None)
             self.run.setdefault("resumed_at_steps", []).append(self._saved_step)
             folder.drop_after(self.checkpoint)
@@ -340,6 +409,8 @@ class _Run:
             self.hooks.say(f"the earlier run is kept in {folder.previous} until this one is finished")
         if "before" not in self.run:
             self.run |= {"before": self.before, "samples": self.samples}
+            if self.rate_search is not None:
+                self.run["rate_search"] = self.rate_search
         folder.write_run(self.run, "running")
         if recipe.guard != "off":
             with files.writing(folder.events):
@@ -351,13 +422,19 @@ class _Run:
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     def _train(self, record_gradients: int) -> Result:
+        from cruxy_triton.finetune.best import Evaluation
+        from cruxy_triton.finetune.paging import watch
         from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
 
         run, folder, trainer = self.run, self.folder, self.trainer
         interruption = Interruption(self.hooks.say, self.processes)
         telemetry = Telemetry(trainer, self.hooks.progress)
+        evaluation = Evaluation(trainer, telemetry, self.hooks.say)
         trainer.add_callback(telemetry)
+        trainer.add_callback(evaluation)
         trainer.add_callback(interruption)
+        for callback in watch(self.device, self.hooks.say):
+            trainer.add_callback(callback)
         if record_gradients:
             trainer.add_callback(GradientRecorder(trainer, record_gradients))
         status = "failed"
@@ -370,15 +447,18 @@ class _Run:
                         trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
                 interruption.training = False
                 if interruption.number is None:
-                    status = self._conclude(telemetry)
+                    status = self._conclude(evaluation)
         except KeyboardInterrupt:
             if interruption.number is None:
                 raise
-        except torch.OutOfMemoryError as error:
-            status = "out of memory"
-            raise self._out_of_memory(f"at step {trainer.state.global_step + 1}", error) from error
         except files.WriteFailed as error:
             raise TrainingFailed(f"{error}; make room and continue with --resume --output {folder.path}") from error
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            status, at = "out of memory", trainer.state.global_step
+            when = f"at step {at + 1}" if at < trainer.state.max_steps or not at else "after training"
+            raise self._out_of_memory(when, error, begun=True) from error
         finally:
             if interruption.number is not None and status == "failed":
                 status = "interrupted"
@@ -397,15 +477,14 @@ class _Run:
         result = run["result"]
         return Result(folder.path, True, result["step"], result["before"], result["after"], run["samples"])
 
-    def _conclude(self, telemetry: Any) -> str:
+    def _conclude(self, evaluation: Any) -> str:
         """Evaluation, result and report; returns the run's last status."""
         run, folder, trainer = self.run, self.folder, self.trainer
         guard = trainer.guard
         if guard is not None:
             self.hooks.say(guard.finish())
-        after = trainer.held_out()
         step = trainer.state.global_step
-        telemetry.write({"step": step, "eval_loss": after["loss"]})
+        after = evaluation.conclude(step)
         answers = self._answers(len(run["samples"]))
         if not self.processes.first:
             run |= self.processes.from_first(dict)
@@ -431,6 +510,8 @@ class _Run:
             "tokens": sum(row["tokens"] for row in rows),
             **memory.measured(self.device),
         }
+        if trainer.best.count:
+            run["result"]["best"] = trainer.best.record()
         if guard is not None:
             run["result"]["guard"] = {
                 "mode": self.recipe.guard,
@@ -445,6 +526,7 @@ class _Run:
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)
         if status == "finished":
+            trainer.best.clear()
             folder.finish()
         self.processes.from_first(lambda: run)
         return status
@@ -464,9 +546,9 @@ class _Run:
             return []
         try:
             return [self.trainer.generate(self._prompt(i), self.recipe.sample_tokens) for i in range(count)]
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if memory.ran_out(error):
+                raise
             first_line = str(error).strip().partition("\n")[0]
             self.hooks.say(f"note: no samples, because generating fails ({type(error).__name__}: {first_line})")
             return []

@@ -28,8 +28,10 @@ from cruxy_triton import files
 from cruxy_triton.controllers.attach import Attached, attach_blade, attach_sketch_align
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import full
+from cruxy_triton.finetune.best import Best
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
+from cruxy_triton.finetune.memory import ran_out
 from cruxy_triton.finetune.processes import Processes
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
@@ -147,6 +149,7 @@ class Trainer(SFTTrainer):
         self.processes = processes
         self.layers: Attached | None = None  # from `create_optimizer` on, as the next
         self.released: Released | None = None
+        self.best = Best(recipe, folder.path)
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
         self._start_step()
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -317,6 +320,7 @@ class Trainer(SFTTrainer):
                 written = partial / f"checkpoint-{self.state.global_step}"
                 if self.processes.first:
                     self.cruxy.save(written)
+                    self.best.save(written)
                     self.folder.keep_checkpoint(written)
             finally:
                 if self.processes.first:
@@ -327,11 +331,13 @@ class Trainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.cruxy.load(Path(checkpoint))
+            self.best.load(Path(checkpoint))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
         """Takes step and result from `checkpoint` if it is that of the last step, after which no step may follow."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        self.best.load(checkpoint)
+        if state.global_step < state.max_steps and not self.best.stopped:
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.create_optimizer()
@@ -435,9 +441,9 @@ class Trainer(SFTTrainer):
                 changed[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, 0] + 1) % 2
                 with self._evaluating():
                     one, other = (self.peft_model(input_ids=i, use_cache=False).logits[0, :-1] for i in (ids, changed))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if ran_out(error):
+                    raise
                 bits = " in 4 bits" if self.recipe.load_in_4bit else ""
                 raise UserError(
                     f"{what} cannot be trained here{bits}: running four tokens through it fails with "

@@ -238,6 +238,8 @@ def build(step: Step, device: str = "meta") -> Any:
                     lora_alpha=2 * step.lora_r,
                     target_modules=list(step.targets),
                     lora_dropout=step.lora_dropout,
+                    use_dora=step.use_dora,
+                    rank_pattern=dict(step.ranks),
                     task_type="CAUSAL_LM",
                 ),
             )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cruxy_triton.planner.autograd import Parameter, Tape, Tensor, operation
+from cruxy_triton.planner.shape import Linear
 from cruxy_triton.planner.workspaces import nf4_absmax
 
 
@@ -136,12 +137,14 @@ def linear_4bit(tape: Tape, x: Tensor, w: Linear4bit, tokens: int, compute: int)
 
 @dataclass
 class Lora:
-    """Adapter weights A [r, in] and B [out, r] of one linear layer."""
+    """Adapter weights A [r, in] and B [out, r] of the linear layer `on`; with DoRA the lengths of its rows [out]."""
 
     a: Parameter
     b: Parameter
     rank: int
     dropout: float
+    on: Linear
+    lengths: Parameter | None = None
 
 
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
@@ -154,10 +157,69 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
 
 def _lora_branch(tape: Tape, x: Tensor, lora: Lora, tokens: int, n_out: int, half: int) -> Tensor:
     """lora_B(lora_A(dropout(x))) * scaling"""
-    down = linear(tape, dropout(tape, x, lora.dropout), lora.a, tokens * lora.rank, half)
-    up = linear(tape, down, lora.b, n_out, half)
-    del down
-    return unary(tape, up)
+    return unary(tape, _adapted(tape, dropout(tape, x, lora.dropout), lora, tokens, n_out, half))
+
+
+def _adapted(tape: Tape, x: Tensor, lora: Lora, tokens: int, n_out: int, half: int) -> Tensor:
+    """lora_B(lora_A(x))"""
+    return linear(tape, linear(tape, x, lora.a, tokens * lora.rank, half), lora.b, n_out, half)
+
+
+def _weight(tape: Tape, base: Parameter | Linear4bit, compute: int) -> Tensor:
+    """peft's dequantize_module_weight: the base's weight, without a graph."""
+    if not isinstance(base, Linear4bit):
+        return base.detach()
+    absmax = tape.buffer(nf4_absmax(base.rows * base.cols), "workspaces") if base.nested else None
+    weight = tape.new(base.rows * base.cols, compute)
+    del absmax
+    return weight
+
+
+def _product_of(tape: Tape, lora: Lora, half: int) -> tuple[Tensor, list[Tensor]]:
+    """B A [in, out], made by feeding A an identity matrix, and what autograd keeps of that: nobody takes its gradient,
+    but the graph lives as long as the product, unless checkpointing holds its saved tensors."""
+    rows, cols, b = lora.on.rows, lora.on.cols, half or 4
+    eye = tape.new(cols * cols, 4)
+    fed = cast(tape, eye, b)
+    if half:
+        _autocast_weight(tape, lora.a, half)
+    down = tape.new(cols * lora.rank, b)
+    held = [] if tape.frames else [fed, down]
+    del fed
+    if half:
+        _autocast_weight(tape, lora.b, half)
+    return tape.new(cols * rows, b), held
+
+
+def _dora(tape: Tape, x: Tensor, result: Tensor, base, lora: Lora, tokens: int, half: int, compute: int) -> Tensor:
+    """peft.tuners.lora.dora.DoraLinearLayer.forward, and its sum with the base's result (arXiv 2402.09353)."""
+    assert lora.lengths is not None
+    rows, cols = lora.on.rows, lora.on.cols
+    if lora.dropout:
+        x = dropout(tape, x, lora.dropout)
+    delta, held = _product_of(tape, lora, half)
+    delta = cast(tape, delta, x.b)
+    weight = cast(tape, _weight(tape, base, compute), x.b)
+    scaled = tape.new(rows * cols, x.b)
+    total = tape.new(rows * cols, x.b)
+    del scaled
+    norm = tape.new(rows, x.b)
+    del total
+    scale = operation(tape, (lora.lengths,), (rows, 4), lambda g, *s: (tape.new(g.n, g.b),), keep=(norm,))
+    del norm
+    branch = _adapted(tape, x, lora, tokens, tokens * rows, half)
+    plain = result
+    if lora.dropout:  # the base's result for what dropout left
+        factors = (cast(tape, x, half), cast(tape, weight, half)) if half else (x, weight)
+        plain = product(tape, *factors, tokens * rows, turned=True)
+        del factors
+    elif lora.on.bias:
+        plain = copy(tape, result)
+    first = multiply(tape, copy(tape, scale), plain)
+    second = unary(tape, multiply(tape, scale, branch))
+    extra = add(tape, first, second)
+    del first, second, delta, weight, held, branch, plain, scale
+    return add(tape, result, extra)
 
 
 def lora_linear(
@@ -171,6 +233,9 @@ def lora_linear(
             return result
         result = copy(tape, result)  # peft clones the 4-bit result defensively
         expected = result.b
+        if lora.lengths is not None:
+            adapted = _dora(tape, x if half else cast(tape, x, lora.a.b), result, base, lora, tokens, half, compute)
+            return adapted if half else cast(tape, adapted, expected)
         extra = _lora_branch(tape, x if half else cast(tape, x, lora.a.b), lora, tokens, n_out, half)
         return add(tape, result, extra if half else cast(tape, extra, expected))
     result = linear(tape, x, base, n_out, half)
@@ -178,6 +243,8 @@ def lora_linear(
         return result
     expected = result.b
     x = cast(tape, x, lora.a.b)
+    if lora.lengths is not None:
+        return cast(tape, _dora(tape, x, result, base, lora, tokens, half, compute), expected)
     result = add(tape, result, _lora_branch(tape, x, lora, tokens, n_out, half))
     return cast(tape, result, expected)
 

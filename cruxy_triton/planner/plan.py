@@ -38,14 +38,16 @@ class Configuration(_configured):
     def of(cls, values: Mapping[str, Any]) -> Configuration:
         """From settings by name, for example `vars(recipe)`. Raises UserError for one that is open or no good."""
         full = values.get("method") == "full"
-        found: dict[str, Any] = {"lora_r": 0, "lora_alpha": 0, "target_modules": ()} if full else {"release": False}
+        of_adapters: dict[str, Any] = {"lora_r": 0, "lora_alpha": 0, "target_modules": (), "rank_pattern": ()}
+        found: dict[str, Any] = of_adapters if full else {"release": False}
         for name in settings.CONFIGURES:
             if name not in found:
                 if values.get(name) is None and name != "vram_bytes":
                     raise UserError(f"the configuration does not say {settings.SETTINGS[name].flag}")
                 found[name] = settings.SETTINGS[name].check(values.get(name))
         settings.check_together(found)
-        found["target_modules"] = tuple(found["target_modules"])
+        for name in ("target_modules", "rank_pattern"):
+            found[name] = tuple(found[name])
         found["double_quant"] = found["double_quant"] and found["load_in_4bit"]
         return cls(**found)
 

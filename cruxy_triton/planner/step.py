@@ -22,6 +22,8 @@ class Step:
     lora_r: int = 8  # 0: every weight learns
     targets: tuple[str, ...] = ()
     lora_dropout: float = 0.0
+    use_dora: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()  # of adapters by the layer's name, where it is not `lora_r`
     checkpointing: bool = True
     chunked_loss: bool = True
     attention: str = "efficient"
@@ -71,10 +73,14 @@ class Step:
         matters, which finds the others' gradients: they are kept over from the step before it."""
         return self.accumulation > 1 and index < steps - 1
 
+    def rank(self, name: str) -> int:
+        return dict(self.ranks).get(name, self.lora_r)
+
     def lora_parameters(self) -> int:
         """Trainable elements of all adapters."""
-        linears = [(x.rows + x.cols, count) for x, count in self.shape.all_linears() if x.name in self.targets]
-        return sum(self.lora_r * ends * count for ends, count in linears)
+        linears = [(x, count) for x, count in self.shape.all_linears() if x.name in self.targets]
+        lengths = sum(x.rows * count for x, count in linears) if self.use_dora else 0
+        return lengths + sum(self.rank(x.name) * (x.rows + x.cols) * count for x, count in linears)
 
     def trainable_parameters(self) -> int:
         return self.lora_parameters() if self.lora_r else self.shape.parameters

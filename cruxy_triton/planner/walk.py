@@ -113,10 +113,12 @@ class _Model:
         for layer in self.layers:
             for spec in self.shape.linears():
                 if spec.name in step.targets:
-                    a = self.tape.parameter(step.lora_r * spec.cols, 4, "adapters", True)
-                    b = self.tape.parameter(spec.rows * step.lora_r, 4, "adapters", True)
-                    layer.loras[spec.name] = ops.Lora(a, b, step.lora_r, step.lora_dropout)
-                    self.trained += [a, b]
+                    rank = step.rank(spec.name)
+                    a = self.tape.parameter(rank * spec.cols, 4, "adapters", True)
+                    b = self.tape.parameter(spec.rows * rank, 4, "adapters", True)
+                    lengths = self.tape.parameter(spec.rows, 4, "adapters", True) if step.use_dora else None
+                    layer.loras[spec.name] = ops.Lora(a, b, rank, step.lora_dropout, spec, lengths)
+                    self.trained += [a, b] if lengths is None else [a, b, lengths]
 
     def groups(self) -> list[list[Parameter]]:
         """The weights that learn together where gradients are released: the head's, the final norm's, each layer's and

@@ -56,7 +56,8 @@ def with_peft(base: Path, folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2"])
 def test_a_merged_model_answers_as_base_and_adapter_do(architecture: str, trained, small_model, tmp_path: Path) -> None:
     base = small_model(architecture)
-    folder = trained(model=str(base), use_rslora=architecture == "llama")
+    kinds = {"llama": {"use_rslora": True}, "gemma": {"use_dora": True, "rank_pattern": ["q_proj=4", "v_proj=24"]}}
+    folder = trained(model=str(base), **kinds.get(architecture, {}))
     assert adapter.merge(adapter.find(str(folder)), tmp_path / "merged") == "float32"
     together = with_peft(base, folder)
     assert torch.allclose(plain(tmp_path / "merged"), together, atol=1e-5 * float(together.abs().max()))
@@ -65,6 +66,48 @@ def test_a_merged_model_answers_as_base_and_adapter_do(architecture: str, traine
     adapter.merge(adapter.find(str(folder / "adapter")), tmp_path / "half", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.allclose(plain(tmp_path / "half"), together, atol=0.05 * float(together.abs().max()))
+
+
+@pytest.mark.slow
+def test_the_real_model_merged_answers_as_base_and_adapter_do(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct under an adapter on every linear layer, in float32 and in the dtype it is kept in."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cruxy_triton.finetune import smollm2
+
+    try:
+        base = smollm2.smollm2()
+    except smollm2.Unavailable as reason:
+        pytest.skip(str(reason))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    asked = [{"role": "user", "content": "What does shutil.rmtree do?"}]
+    ids = AutoTokenizer.from_pretrained(base).apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(**ids).logits[0].float()
+
+    together = logits(adapted)
+    with adapted.disable_adapter():
+        alone = logits(adapted)
+    size = float(together.abs().max())
+    assert (together - alone).abs().max() > 0.1 * size, "the adapter must say something"
+    for dtype, tolerance in (("float32", 1e-5), (None, 1e-2)):
+        output = tmp_path / f"merged-{dtype}"
+        kept = adapter.merge(adapter.find(str(tmp_path / "adapter"), base), output, dtype)
+        assert kept == (dtype or "float16")
+        merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        assert torch.allclose(logits(merged), together, rtol=0, atol=tolerance * size), dtype
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,6 +131,49 @@ def test_rslora_scales_by_the_root_and_lora_plus_moves_b_faster(trained) -> None
     base = json.loads((folder / "run.json").read_text())["recipe"]["model"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
     assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {32 / 16**0.5}
+
+
+def test_dora_and_patterns_are_those_of_peft_and_planned(trained) -> None:
+    kinds = {
+        "use_dora": True, "lora_r": 8, "rank_pattern": [r"layers\.0\.self_attn\.q_proj=4", "v_proj=24", "q_proj=8"],
+        "alpha_pattern": ["v_proj=6"],
+    }  # fmt: skip
+    folder = trained(**kinds)
+    found = weights(folder)
+    heights = {name: len(found[f"base_model.model.model.layers.{name}.lora_A.weight"]) for name in (
+        "0.self_attn.q_proj", "1.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.up_proj")}  # fmt: skip
+    assert list(heights.values()) == [4, 8, 24, 8]
+    lengths = {name: w for name, w in found.items() if "lora_magnitude_vector" in name}
+    assert len(lengths) == 14
+    from transformers import AutoModelForCausalLM
+
+    record = json.loads((folder / "run.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(record["recipe"]["model"], dtype=torch.float32)
+    before = base.get_submodule("model.layers.1.mlp.up_proj").weight.norm(dim=1)
+    after = next(w for name, w in lengths.items() if "1.mlp.up_proj" in name)
+    assert not torch.equal(before, after), "the lengths do not learn"
+    assert torch.allclose(before, after, rtol=0.5)
+    # One layer's q_proj has a smaller rank than the other's, for which the plan counts the larger one in both.
+    beyond = 4 * (64 + 64)
+    assert record["plan"]["trainable_parameters"] == record["trainable_parameters"] + beyond
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, folder / "adapter")
+    assert model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj").scaling == {"default": 6 / 24}
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "| use_dora | True |" in card
+    assert "| rank_pattern |" in card
+    assert "with DoRA, rank layers" in (folder / "report.md").read_text()
+    with pytest.raises(UserError, match="--rank-pattern q_prj concerns no layer with an adapter"):
+        trained(output="other", rank_pattern=["q_prj=4"])
+    with pytest.raises(UserError, match="--alpha-pattern v_proj concerns no layer"):
+        trained(output="other", alpha_pattern=["v_proj=4"], target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("text", ["q_proj", "q_proj=", "q_proj=0", "=4", "q_proj=2.5", "q_proj=5000", "(=4", "a=1,a=2"])
+def test_a_pattern_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--rank-pattern is .*; expected names of layers with numbers above 0, as"):
+        Recipe(model="m", data="d", output="o", rank_pattern=text.split(","))
 
 
 def test_an_adapter_on_tied_embeddings_is_merged_into_them_alone(small_model, tmp_path: Path) -> None:

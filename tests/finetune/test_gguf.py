@@ -65,6 +65,69 @@ def test_other_files_and_other_kinds_are_refused_in_a_sentence(tmp_path: Path) -
         GGUF(path).tensor("w")
 
 
+def paired(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a Llama's q or k projection in GGUF's order: it turns neighbours where transformers turns halves."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_merged_model_as_gguf(architecture: str, small_model, tmp_path: Path) -> None:
+    """What `merge` writes has all that the format wants: written by its own package, our reader and transformers'
+    read the same weights back, and the model says the same."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from cruxy_triton.finetune import adapter
+
+    base = small_model(architecture)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(r=4, init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter.merge(adapter.find(str(tmp_path / "adapter"), str(base)), tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    config, weights = model.config, load_file(tmp_path / "merged" / "model.safetensors")
+
+    writer = peer.GGUFWriter(tmp_path / "merged.gguf", architecture)
+    heads, grouped = config.num_attention_heads, config.num_key_value_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(grouped)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = peer.get_tensor_name_map({"llama": peer.MODEL_ARCH.LLAMA, "qwen2": peer.MODEL_ARCH.QWEN2}[architecture],
+                                     config.num_hidden_layers)  # fmt: skip
+    written = {}
+    for name, weight in weights.items():
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert known is not None, f"{name} has no name in GGUF"
+        values = weight.float().numpy()
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            values = paired(values, heads if ".q_proj." in name else grouped)
+        written[known] = np.ascontiguousarray(values)
+        writer.add_tensor(known, written[known])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    ours = GGUF(tmp_path / "merged.gguf")
+    assert ours.fields["general.architecture"] == architecture
+    assert set(ours.names()) == set(written)
+    assert all(np.array_equal(ours.tensor(name), values) for name, values in written.items())
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="merged.gguf", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        one, other = model.eval()(ids).logits, back.eval()(ids).logits
+    assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "_on_hub", lambda say: False)

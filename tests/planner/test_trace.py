@@ -1,6 +1,6 @@
 """The closed form against a trace of the real step: transformers, peft, bitsandbytes and TRL on `meta`.
 
-15 configurations by default, all 91 with `-m slow`. Both are peaks of whole models, extrapolated from few layers.
+17 configurations by default, all 109 with `-m slow`. Both are peaks of whole models, extrapolated from few layers.
 """
 
 import itertools
@@ -50,6 +50,8 @@ QUICK = [
     case("phi-2", 1, 1024, "nf4"),
     case("smollm2-135m", 1, 512, "float32", **NO_AUTOCAST),
     case("llama-3.2-1b", 2, 256, attention="eager", kbit_prepared=True, **NO_AUTOCAST),
+    case("tinyllama-1.1b", 1, 512, use_dora=True, ranks=(("q_proj", 2), ("up_proj", 40))),
+    case("qwen2.5-1.5b", 1, 512, "nf4", use_dora=True, **OPEN),
     case("tinyllama-1.1b", 1, 512, **RELEASED, **STOCK),
     case("qwen2.5-0.5b", 1, 512, **RELEASED),
     case("llama-3.2-1b", 1, 512, **RELEASED, **STOCK),
@@ -79,6 +81,8 @@ SWEEP = [
             (4, 256, "float16", 4, {"attention": "eager", "optimizer": "lion-8bit"}),
             (1, 256, "bfloat16", 64, {**OPEN, "lora_dropout": 0.1}),
             (1, 128, "float32", 8, {**STOCK, **NO_AUTOCAST}),
+            (1, 256, "nf4", 8, {"use_dora": True}),
+            (1, 256, "float16", 8, {**OPEN, "use_dora": True, "lora_dropout": 0.1}),
         ),
     )
 ] + [
