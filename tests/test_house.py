@@ -241,7 +241,10 @@ def files() -> set[str]:
 ELSEWHERE = {
     "book.txt", "config.json", "plan.json", "plot.png", "report.md", "run.json",
 }  # fmt: skip
-OTHER_PROJECTS = ("aten/", "bitsandbytes/", "c10/", "trl/")
+OTHER_PROJECTS = (
+    "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "lomo_optim/", "modules/trainer/", "recipes/",
+    "torch/", "trl/",
+)  # fmt: skip
 CITED = re.compile(r"(?<![\w/.:*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|cpp|toml|json|svg|png|txt))(?![\w/*])")
 
 

@@ -44,6 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
     gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
     stress = kinds.add_parser("stress", help="small models at absurd learning rates, with and without the guard")
+    stress.add_argument(
+        "--model", choices=("characters", "smollm2"), default="characters",
+        help="a character model of 0.8 M parameters, or LoRA on SmolLM2-135M over GSM8K (default: %(default)s)",
+    )  # fmt: skip
     stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
     stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
     stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
@@ -161,8 +165,8 @@ def run_stress(args: argparse.Namespace) -> dict[str, Any]:
     from cruxy_triton.bench import stress
 
     return stress.report(
-        quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds, workers=args.workers,
-        out=args.out, say=say,
+        model=args.model, quick=args.quick, data=args.data, optimizers=args.optimizers, seeds=args.seeds,
+        workers=args.workers, out=args.out, say=say,
     )  # fmt: skip
 
 

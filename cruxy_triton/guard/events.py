@@ -54,6 +54,10 @@ class EventLog:
         self.events: list[Event] = []
         self.write_error: str | None = None
 
+    @property
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
     def add(self, event: Event) -> None:
         self.events.append(event)
         if self.path is None:

@@ -26,6 +26,8 @@ from cruxy_triton.guard.policy import Policy
 from cruxy_triton.guard.reading import read
 from cruxy_triton.guard.regimes import Regime
 
+ABSENT = object()
+
 
 class TrainingStopped(RuntimeError):
     """The guard ended the run because nothing helped; the message is the report. Weights are the last good ones."""
@@ -90,7 +92,7 @@ class TrainingGuard:
         self._batch: Any = None
         self._verdict: T.Verdict | None = None
         self._labels: dict[str, Any] = {}
-        self._set_found_inf = False
+        self._before_step: dict[str, Any] = {}  # what the optimizer's attributes were
         self._steps = 0
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
@@ -280,26 +282,31 @@ class TrainingGuard:
     def _protect(self, verdict: T.Verdict, telemetry: T.Telemetry, calm: bool) -> None:
         """Skip or clip this step, in time."""
         if self._decides_on_device(telemetry.device):
-            # The optimizer reads the flag on the device, as it does for a GradScaler: exact, and nobody waits.
-            self._set_found_inf = not hasattr(self.optimizer, "found_inf")
-            vars(self.optimizer)["found_inf"] = verdict.skip.float()
-            if calm and self.policy.tensor_ratio is None:
-                _scale([T.values(p.grad) for p in telemetry.params if p.grad is not None], verdict.whole)
+            # The optimizer reads both on the device, as it does for a GradScaler: exact, and nobody waits.
+            handed = {"found_inf": verdict.found_inf}
+            by_tensor = not calm or self.policy.tensor_ratio is not None
+            if not by_tensor:
+                handed["grad_scale"] = verdict.grad_scale
+            attributes = vars(self.optimizer)
+            self._before_step = {name: attributes.get(name, ABSENT) for name in handed}
+            attributes.update(handed)
+            if not by_tensor:
                 return
-        elif bool(verdict.skip):
-            self._hidden.hide(telemetry.params)
-            return
-        elif not bool(verdict.clipped):
-            return
+        else:
+            skip, clip = verdict.read()
+            if skip:
+                self._hidden.hide(telemetry.params)
+            if skip or not clip:
+                return
         grads = [T.values(p.grad) for p in telemetry.params if p.grad is not None]
         factors = (f for p, f in zip(telemetry.params, verdict.factors.unbind(), strict=True) if p.grad is not None)
         for grad, factor in zip(grads, factors, strict=True):
             grad.mul_(factor.to(grad.device, grad.dtype, non_blocking=True))
 
     def _decides_on_device(self, device: torch.device) -> bool:
-        """Whether skipping is left to the optimizer's own `found_inf`: on an accelerator, where it has one.
+        """Whether the optimizer skips and clips by its own `found_inf` and `grad_scale`: on an accelerator, if it can.
 
-        Elsewhere the flag is read by the host: free on a CPU; on an accelerator the wait that a GradScaler has too.
+        Elsewhere the flags are read by the host: free on a CPU; on an accelerator the wait that a GradScaler has too.
         """
         return device.type != "cpu" and bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
@@ -316,9 +323,12 @@ class TrainingGuard:
     def _restore(self) -> None:
         self._ladder.rate.restore()
         self._hidden.restore()
-        if self._set_found_inf:
-            self._set_found_inf = False
-            vars(self.optimizer).pop("found_inf", None)
+        for name, value in self._before_step.items():
+            if value is ABSENT:
+                vars(self.optimizer).pop(name, None)
+            else:
+                vars(self.optimizer)[name] = value
+        self._before_step = {}
 
     def _measures(self) -> bool:
         held = self._ladder.rate.target is not None
@@ -353,7 +363,8 @@ class TrainingGuard:
         old = self._telemetry
         if old is not None and len(old) == len(params) and all(map(lambda a, b: a is b, old.params, params)):
             return old
-        new = T.Telemetry(params, self.policy, self._group)
+        # CruxyOptimizer compiles loops where steps are large; for another optimizer's guard nothing is compiled.
+        new = T.Telemetry(params, self.policy, self._group, compiles=hasattr(self.optimizer, "backend"))
         if old is not None:
             known = {id(p): i for i, p in enumerate(old.params)}
             for i, p in enumerate(params):
@@ -370,10 +381,3 @@ class TrainingGuard:
             self._ladder.ratio_target = self.policy.update_ratio_target * scale
         return new
 
-
-def _scale(grads: list[Tensor], factor: Tensor) -> None:
-    by_kind: dict[Any, list[Tensor]] = {}
-    for grad in grads:
-        by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-    for (device, dtype), part in by_kind.items():
-        torch._foreach_mul_(part, factor.to(device, dtype, non_blocking=True))

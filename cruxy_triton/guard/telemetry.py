@@ -1,8 +1,9 @@
 """Telemetry: what one step's gradients look like against their own history, judged on the device.
 
-The norm of each tensor's gradient and of the whole are tracked in logarithms, each by a robust baseline (`Baseline`).
-`judge` returns device tensors: a factor for each tensor, whether to skip the step, and a `report` vector that the host
-receives as an asynchronous copy one step later (`Mailbox`). Nothing here waits for the device.
+The norm of each tensor's gradient and of the whole are tracked in logarithms, each by a robust baseline; the law is
+cruxy_kernels/laws/judge.py, one launch. `judge` returns device tensors: a factor for each tensor, whether to skip the
+step, and a `report` vector that the host receives as an asynchronous copy one step later (`Mailbox`). Nothing here
+waits for the device but `Verdict.read`.
 
 Under torch.distributed the norms and the loss are summed over the ranks first, in one reduction, so that every rank
 judges the same numbers: a shard (DTensor) counts as what it is, a replicated gradient as its share.
@@ -10,50 +11,45 @@ judges the same numbers: a shard (DTensor) counts as what it is, a replicated gr
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cruxy_kernels import GradientJudge, Limits
+from cruxy_kernels import layout as L
 from cruxy_triton import distributed
 from cruxy_triton.guard.policy import Policy
 
-# Mean absolute deviation times this is the standard deviation of a normal distribution: sqrt(pi / 2).
-NORMAL = math.sqrt(math.pi / 2)
-# A baseline's deviation is at least FLOOR + YOUNG / count (in logarithms): the second step of a run is an outlier only
-# at thousands of times the first, the tenth at more than 10 times the others.
-FLOOR, YOUNG = 0.2, 2.0
-WINSOR = 3.0  # what an accepted value moves a baseline by at most, in deviations
-
 # The head of a report; behind it the norms (n + 1, the last is the global one) and the scores (n + 1).
-SKIP, LOSS, FOUND_INF, SCALE, CLIPPED, NORM, SCORE, RATIO = range(8)
-HEAD = 8
+SKIP, LOSS, FOUND_INF, SCALE = L.JUDGE_SKIP, L.JUDGE_LOSS, L.JUDGE_FOUND_INF, L.JUDGE_SCALE
+CLIPPED, NORM, SCORE, RATIO = L.JUDGE_CLIPPED, L.JUDGE_NORM, L.JUDGE_SCORE, L.JUDGE_RATIO
+HEAD = L.JUDGE_HEAD
 
 
-@dataclass
 class Verdict:
-    """Device tensors: what to do with this step.
+    """What to do with a step: a judgement of n tensors (`cruxy_kernels.GradientJudge`) in its parts, on the device.
 
-    `skip` is 0-dim, `clipped` the number of norms above their limit; `under` (n + 1) the logarithms of what brings
-    each norm to its limit, 0 where it is below.
+    skip, clipped: 0-dim, 1 to skip the step, and how many norms are above their limit. report: what the host receives.
+    found_inf, grad_scale: 0-dim, for an optimizer that skips and divides by itself, as with a GradScaler.
     """
 
-    skip: Tensor
-    clipped: Tensor
-    under: Tensor
-    report: Tensor
+    def __init__(self, judgement: Tensor, tensors: int):
+        self.report = judgement[L.JUDGE_REPORT : L.JUDGE_REPORT + HEAD + 2 * (tensors + 1)]
+        self.skip, self.clipped = self.report[SKIP], self.report[CLIPPED]
+        self.found_inf, self.grad_scale = judgement[L.JUDGE_FOUND], judgement[L.JUDGE_APPLY]
+        self._above = judgement[-(tensors + 1) :]
 
     @property
     def factors(self) -> Tensor:
         """(n,): what each tensor's gradient is multiplied by."""
-        return torch.exp(torch.minimum(self.under[:-1], self.under[-1]))
+        return torch.exp(torch.minimum(self._above[:-1], self._above[-1]))
 
-    @property
-    def whole(self) -> Tensor:
-        """0-dim: what the global norm alone asks for."""
-        return torch.exp(self.under[-1])
+    def read(self) -> tuple[bool, bool]:
+        """Whether to skip and whether to clip: the host waits for the device."""
+        head = self.report[:HEAD].tolist()
+        return head[SKIP] > 0, head[CLIPPED] > 0
 
 
 class Telemetry:
@@ -63,16 +59,21 @@ class Telemetry:
         params: the tensors that the optimizer owns.
         policy: thresholds.
         process_group: over which ranks the norms and the loss are summed; None: this process alone.
+        compiles: see `cruxy_kernels.GradientJudge`.
     """
 
-    def __init__(self, params: Sequence[Tensor], policy: Policy, process_group: Any = None):
-        self.params, self.policy, self.group = list(params), policy, process_group
+    def __init__(self, params: Sequence[Tensor], policy: Policy, process_group: Any = None, *, compiles: bool = False):
+        self.params, self.group = list(params), process_group
         self.device = self.params[0].device
         # Rows: mean and mean absolute deviation of the log norm, values accepted, outliers in a row.
         self.state = torch.zeros((4, len(self.params) + 1), device=self.device)
+        limits = Limits(
+            skip=policy.skip_sigmas, far=policy.clip_sigmas, memory=policy.baseline_memory, patience=policy.patience,
+            ratio=policy.tensor_ratio,
+            clip=None if not policy.clip else "tensors" if policy.clip_tensors else "global",
+        )  # fmt: skip
+        self._judge = GradientJudge(self.state, limits, compiles=compiles)
         self._weights: Tensor | None = None
-        self._empty = torch.full((), math.nan, device=self.device)
-        self._zero, self._one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -94,65 +95,35 @@ class Telemetry:
             found_inf: the loss scaler's finding: the optimizer will skip the step by itself.
             sigmas: clip above this many deviations.
         """
-        owners = [i for i, p in enumerate(self.params) if p.grad is not None]
-        if not owners:
+        grads = [None if p.grad is None else values(p.grad) for p in self.params]
+        devices = {grad.device for grad in grads if grad is not None}
+        if not devices:
             return None
-        n = len(self.params)
-        norms = self._norms(owners)
-        if grad_scale is not None:
-            norms = norms / grad_scale.to(self.device, non_blocking=True)
-        value = self._empty if loss is None else loss.to(self.device, torch.float32, non_blocking=True).reshape(())
-        norms, value = self._over_ranks(norms, value)
-        norms = torch.cat([norms, torch.linalg.vector_norm(norms).reshape(1)])
+        loss, scale, found_inf = (self._number(x) for x in (loss, grad_scale, found_inf))
+        if devices == {self.device} and self.group is None:
+            found = self._judge.judge(grads, sigmas=sigmas, loss=loss, grad_scale=scale, found_inf=found_inf)
+        else:
+            norms, loss = self._over_ranks(self._norms(grads, scale), loss)
+            found = self._judge.judge_norms(norms, sigmas=sigmas, loss=loss, grad_scale=scale, found_inf=found_inf)
+        return Verdict(found, len(self.params))
 
-        # Few operators: each is a launch on an accelerator. What is not finite has a delta of 0.
-        mean, deviation, count, _ = self.state
-        log = norms.log()
-        finite = log.abs() < math.inf
-        sigma = torch.maximum(NORMAL * deviation, YOUNG / count.clamp(min=1e-6) + FLOOR)
-        delta = torch.where(finite, log - mean, self._zero)
-        score = delta / sigma
-        outlier = score > sigmas
-        limit = sigma * sigmas
-        if self.policy.tensor_ratio is not None:
-            ratio = torch.where(count[:n] > 0, math.log(self.policy.tensor_ratio), math.inf)
-            limit[:n] = torch.minimum(limit[:n], ratio)
-        under = (limit - delta).clamp(max=0)
-        if not self.policy.clip:
-            under.zero_()
-        elif not self.policy.clip_tensors:
-            under[:n] = 0
+    def _number(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(self.device, torch.float32, non_blocking=True).reshape(())
 
-        checked = norms[n] if loss is None else norms[n] + value  # finite only where both are
-        good = (checked.abs() < math.inf) & (score[n] <= self.policy.skip_sigmas)
-        overflow = self._zero
-        if found_inf is not None:
-            overflow = (found_inf.to(self.device, non_blocking=True).reshape(()) > 0).float()
-            good = good & (overflow == 0)
-        self._learn(log, finite, outlier, sigma, score, good)
-        skip = ~good
-        clipped = (under < 0).sum()
-        scale = self._empty if grad_scale is None else grad_scale.to(self.device, torch.float32).reshape(())
-        head = torch.stack([skip.float(), value, overflow, scale, clipped.float(), norms[n], score[n], self._empty])
-        return Verdict(skip, clipped, under, torch.cat([head, norms, score]))
-
-    def _norms(self, owners: list[int]) -> Tensor:
-        """The norm of each tensor's gradient in fp32 (0 where there is none), on one device."""
-        grads = {i: values(self.params[i].grad) for i in owners}
-        if len({grad.device for grad in grads.values()}) == 1 and len(owners) == len(self.params):
-            norms = torch.stack(torch._foreach_norm(list(grads.values()), 2, dtype=torch.float32))
-            return norms.to(self.device, non_blocking=True)
+    def _norms(self, grads: list[Tensor | None], scale: Tensor | None) -> Tensor:
+        """The unscaled norm of each tensor's gradient (0 where there is none), from several devices on one."""
         by_device: dict[torch.device, list[int]] = {}
-        for i, grad in grads.items():
-            by_device.setdefault(grad.device, []).append(i)
-        out = torch.zeros(len(self.params), device=self.device)
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                by_device.setdefault(grad.device, []).append(i)
+        out = torch.zeros(len(grads), device=self.device)
         for part in by_device.values():
             norms = torch.stack(torch._foreach_norm([grads[i] for i in part], 2, dtype=torch.float32))
             index = torch.tensor(part, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
             out.index_copy_(0, index, norms.to(self.device, non_blocking=True))
-        return out
+        return out if scale is None else out / scale
 
-    def _over_ranks(self, norms: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_ranks(self, norms: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.group is None:
             return norms, loss
         group = None if self.group == "auto" else self.group
@@ -160,24 +131,11 @@ class Telemetry:
         if self._weights is None:
             # A tensor that k ranks hold a share of is held world / k times.
             self._weights = torch.tensor([shards(p) / world for p in self.params], device=self.device)
-        total = torch.cat([norms.square() * self._weights, loss.reshape(1) / world])
+        # Every rank sends as many numbers, also one that was told no loss.
+        value = torch.full((), math.nan, device=self.device) if loss is None else loss
+        total = torch.cat([norms.square() * self._weights, value.reshape(1) / world])
         dist.all_reduce(total, group=group)
-        return total[:-1].sqrt(), total[-1]
-
-    def _learn(self, log: Tensor, finite: Tensor, outlier: Tensor, sigma: Tensor, score: Tensor, good: Tensor) -> None:
-        """Move the baselines: not by what is not finite, nor by outliers, nor in a step that is skipped.
-
-        A level that lasts is no outlier: at the `patience`-th in a row the baseline starts again from there.
-        """
-        mean, deviation, count, streak = self.state
-        start = ((outlier & (streak >= self.policy.patience - 1)) | (count == 0)) & finite
-        accept = finite & ~outlier & good
-        rate = (1 / (count + 1)).clamp(min=1 / self.policy.baseline_memory) * accept
-        move = score.clamp(-WINSOR, WINSOR) * sigma
-        torch.where(start, self._zero, torch.lerp(deviation, move.abs(), rate), out=deviation)
-        torch.where(start, log, torch.addcmul(mean, rate, move), out=mean)
-        torch.where(start, self._one, count + accept, out=count)
-        torch.mul(streak + 1, outlier, out=streak)
+        return total[:-1].sqrt(), None if loss is None else total[-1]
 
 
 class UpdateRatio:

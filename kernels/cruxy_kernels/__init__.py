@@ -21,19 +21,23 @@ from .backends.dispatch import (
     update_,
 )
 from .backends.dispatch import explain as explain_backend
+from .backends.judge import GradientJudge
 from .backends.prepared import PreparedUpdate
 from .codec import CODECS
 from .laws import layout
 from .laws.blade import BladeState, LayerTensors, new_blade_state
 from .laws.clipping import TensorClip
 from .laws.control import control_inputs, new_control
+from .laws.judge import Limits
 from .rules import RULES
 
 __all__ = [
     "CODECS",
     "RULES",
     "BladeState",
+    "GradientJudge",
     "LayerTensors",
+    "Limits",
     "PreparedUpdate",
     "TensorClip",
     "adamw_update_",

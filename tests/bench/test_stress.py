@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from cruxy_triton.bench import stress
-from cruxy_triton.bench.characters import Text
+from cruxy_triton.bench import adapters, stress
+from cruxy_triton.bench.characters import Size, Text
 from cruxy_triton.bench.stress import Run
+from cruxy_triton.errors import UserError
 
 
 def made(losses: dict[tuple[float, bool], list[float]]) -> list[Run]:
@@ -101,7 +102,36 @@ def test_tiny_grid_as_a_command(command):
     assert "rollback" not in guarded[1e-3]["actions"]
 
 
+def test_adapters_on_a_chat_model(small_model, questions, tmp_path, monkeypatch):
+    """Only adapters are trained, and a wild rate is survived under the guard."""
+    (tmp_path / "gsm8k").mkdir()
+    for name in adapters.FILES:
+        (tmp_path / name).write_text(questions.read_text(encoding="utf-8"), encoding="utf-8")
+    source = str(small_model("llama"))
+    monkeypatch.setattr(adapters, "smollm2", lambda: source)
+    text = adapters.Questions(tmp_path, Size(layers=2, width=64, context=16, batch=2, steps=12, evaluations=2))
+    inputs, targets = text.batch(3)
+    assert inputs.shape == targets.shape == (2, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    model = text.model()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in name for name in names)
+    tame, wild = (stress.run(text, adapters.NAME, "AdamW", lr, True, 0) for lr in (1e-3, 1.0))
+    assert tame.actions == "no action was needed"
+    assert "rollback" in wild.actions
+    assert math.isfinite(wild.loss)
+    with pytest.raises(UserError, match=r"train\.jsonl cannot be read: No such file"):
+        adapters.Questions(tmp_path / "elsewhere", adapters.QUICK)
+    (tmp_path / adapters.FILES[0]).write_text("{}\n")
+    with pytest.raises(UserError, match="is not GSM8K: expected JSON lines with a question and an answer"):
+        adapters.Questions(tmp_path, adapters.QUICK)
+
+
 def test_bad_input(command, tmp_path):
+    done = command("bench", "stress", "--model", "smollm2")
+    assert done.returncode == 2
+    assert "--model smollm2 needs --data" in done.stderr
     done = command("bench", "stress", "--optimizers", "Nonesuch")
     assert done.returncode == 2
     assert "unknown optimizer 'Nonesuch'" in done.stderr

@@ -14,6 +14,13 @@ def test_scenario(scenario):
     assert outcome.passed, outcome
 
 
+@pytest.mark.parametrize(("seed", "step", "magnitude"), [(6, 13, 88.1), (3, 13, 20.0), (5, 9, 20.0), (7, 13, 20.0)])
+def test_a_spike_while_the_history_is_young(seed, step, magnitude):
+    """It is clipped, not skipped, and momentum repeats what is left of it ten times over."""
+    outcome = faults.run(faults.Scenario("spike", "SGD", seed, step, magnitude=magnitude))
+    assert outcome.passed, outcome
+
+
 @pytest.mark.parametrize(
     "fault", ["nan in one gradient", "nan loss", "nan parameter", "spike", "nan for ever", "dead layer"]
 )

@@ -45,6 +45,13 @@ class Oracle:
     def limit(self, sigmas: float) -> float:
         return math.exp(self.mean + sigmas * self.sigma()) if self.count else math.inf
 
+    def clipped_to(self, norm: float, sigmas: float, far: float) -> float:
+        """What is further out than `far` is brought below the limit, the more the further out it is."""
+        if norm <= self.limit(far):
+            return min(norm, self.limit(sigmas))
+        score = (math.log(norm) - self.mean) / self.sigma()
+        return self.limit(sigmas * far / score)
+
     def take(self, norm: float, sigmas: float) -> None:
         if norm > self.limit(sigmas):
             return
@@ -72,7 +79,7 @@ def test_baselines_and_factors_follow_the_oracle():
         set_norms(params, norms)
         verdict = judge(telemetry, sigmas=4.0)
         whole = math.sqrt(sum(x * x for x in norms))
-        shrink = [min(1.0, oracle.limit(4.0) / x) for oracle, x in zip(oracles, [*norms, whole], strict=True)]
+        shrink = [oracle.clipped_to(x, 4.0, 6.0) / x for oracle, x in zip(oracles, [*norms, whole], strict=True)]
         expected = [min(factor, shrink[3]) for factor in shrink[:3]]
         torch.testing.assert_close(verdict.factors, torch.tensor(expected), rtol=2e-4, atol=0)
         assert int(verdict.clipped) == sum(factor < 1 for factor in shrink)
@@ -109,10 +116,12 @@ def test_a_spike_is_clipped_to_its_limit_or_skipped_and_moves_no_baseline(factor
     before = telemetry.state.clone()
     set_norms(params, [factor, 2 * factor])
     verdict = judge(telemetry)
-    # Constant norms: the deviation is its floor, .2 + 2/100; the limit is 6 of those, a skip 12 (14 times).
+    # Constant norms: the deviation is its floor, .2 + 2/100; the limit is 6 of those, a skip 12 (14 times). What is
+    # beyond is brought to 6 times 6 over its score.
     sigma = 0.2 + 2 / 100
+    score = math.log(factor) / sigma
     assert bool(verdict.skip) == (math.log(factor) > 12 * sigma)
-    assert float(verdict.factors[0]) == pytest.approx(math.exp(6 * sigma) / factor, rel=1e-3)
+    assert float(verdict.factors[0]) == pytest.approx(math.exp(36 / score * sigma) / factor, rel=1e-3)
     assert torch.equal(telemetry.state[:3], before[:3])
 
 

@@ -128,6 +128,7 @@ SYNCS = re.compile(
 PACKAGE = Path(cruxy_kernels.__file__).parent
 STEP_FILES = [
     *("tables", "launch", "storage", "rounding", "codec", "update", "laws/telemetry", "laws/control"),
+    *("laws/judge", "backends/judge"),
     *("rules/rule", *[f"rules/{name}" for name in RULES], "backends/dispatch", "backends/pieces"),
 ]
 

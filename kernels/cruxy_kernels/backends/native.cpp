@@ -515,9 +515,111 @@ void row_law(float* slot, const Statistics& s, int law, bool clip_global) {
     slot[L::GRAD_FACTOR] = clip * ((1 - 2 * slot[L::MAXIMIZE]) * s.inverse);
 }
 
+// -- judgement of gradients (laws/judge.py) ------------------------------------------------------------------------
+
+float sum_of_squares(const Row& row, const Piece& piece) {
+    float square[LANES] = {}, total = 0;
+    for (int64_t i = 0; i < piece.length; i += LANES) {
+        float values[LANES];
+        load(row.grad_type, row.grad, 0, piece.start + i, std::min<int64_t>(LANES, piece.length - i), values);
+        for (int j = 0; j < LANES; ++j) square[j] += values[j] * values[j];
+    }
+    for (int j = 0; j < LANES; ++j) total += square[j];
+    return total;
+}
+
+// laws/judge.py's Limits, and the deviations at which this step is clipped; filled by native.py.
+struct Limits {
+    float sigmas, far, skip, least_rate, patience, log_ratio;
+};
+
+// A norm beside its history: mean and mean absolute deviation of its logarithm, values taken in, outliers in a row.
+struct Compared {
+    float log, sigma, score, above;
+    bool finite;
+    float &mean, &deviation, &count, &streak;
+
+    Compared(float norm, float* state, int64_t width, const Limits& l, bool has_ratio)
+        : mean(state[0]), deviation(state[width]), count(state[2 * width]), streak(state[3 * width]) {
+        log = std::log(norm);
+        finite = std::fabs(log) <= std::numeric_limits<float>::max();
+        sigma = std::max(L::JUDGE_NORMAL * deviation, L::JUDGE_YOUNG / std::max(count, 1e-6f) + L::JUDGE_FLOOR);
+        const float delta = finite ? log - mean : 0.0f;
+        score = delta / sigma;
+        float limit = sigma * l.sigmas * (score > l.far ? l.far / score : 1.0f);
+        if (has_ratio && count > 0) limit = std::min(limit, l.log_ratio);
+        above = std::min(limit - delta, 0.0f);
+    }
+
+    void learn(bool good, const Limits& l) {
+        const bool outlier = score > l.sigmas;
+        const bool start = ((outlier && streak >= l.patience - 1) || count == 0) && finite;
+        const float accept = finite && !outlier && good ? 1.0f : 0.0f;
+        const float rate = std::max(1 / (count + 1), l.least_rate) * accept;
+        const float move = clamp(score, -L::JUDGE_WINSOR, L::JUDGE_WINSOR) * sigma;
+        deviation = start ? 0.0f : deviation + rate * (std::fabs(move) - deviation);
+        mean = start ? log : mean + rate * move;
+        count = start ? 1.0f : count + accept;
+        streak = outlier ? streak + 1 : 0.0f;
+    }
+};
+
 }  // namespace
 
 extern "C" {
+
+// rows: of the tensors that have a gradient, Row::index their places among all `tensors`; or norms: float (tensors,).
+// state: float (4, tensors + 1). out: float, as layout.py has it. loss, grad_scale, found_inf: null or one float.
+// clip: 0 nothing, 1 all together, 2 each tensor too.
+void judge(const Row* rows, int64_t present, const float* norms, int64_t tensors, float* state, float* out,
+           const float* loss, const float* grad_scale, const float* found_inf, const Limits* limits, int clip,
+           int threads) {
+    const Limits& l = *limits;
+    const int64_t width = tensors + 1;
+    const float LARGEST = std::numeric_limits<float>::max(), NOTHING = std::numeric_limits<float>::quiet_NaN();
+    float *report = out + L::JUDGE_REPORT, *own = report + L::JUDGE_HEAD, *scores = own + width, *above = scores + width;
+    if (norms) {
+        std::copy(norms, norms + tensors, own);
+    } else {
+        auto pieces = cut(rows, present);
+        std::vector<float> partials(pieces.size());
+        parallel(pieces.size(), threads, [&](int64_t i) {
+            partials[i] = sum_of_squares(rows[pieces[i].tensor], pieces[i]);
+        });
+        std::vector<double> sums(tensors, 0.0);
+        for (size_t i = 0; i < pieces.size(); ++i) sums[rows[pieces[i].tensor].index] += partials[i];
+        for (int64_t t = 0; t < tensors; ++t) own[t] = float(std::sqrt(sums[t])) / (grad_scale ? *grad_scale : 1.0f);
+    }
+    double total = 0;
+    for (int64_t t = 0; t < tensors; ++t) total += double(own[t] * own[t]);
+    own[tensors] = std::sqrt(float(total));
+
+    Compared whole(own[tensors], state + tensors, width, l, false);
+    const bool overflow = found_inf && *found_inf > 0;
+    const bool good = std::fabs(own[tensors] + (loss ? *loss : 0.0f)) <= LARGEST && whole.score <= l.skip && !overflow;
+    int clipped = 0;
+    for (int64_t t = 0; t < tensors; ++t) {
+        Compared tensor(own[t], state + t, width, l, true);
+        scores[t] = tensor.score;
+        above[t] = clip == 2 ? tensor.above : 0.0f;
+        clipped += above[t] < 0;
+        tensor.learn(good, l);
+    }
+    scores[tensors] = whole.score;
+    above[tensors] = clip ? whole.above : 0.0f;
+    clipped += above[tensors] < 0;
+    whole.learn(good, l);
+    std::fill(out, report, 0.0f);
+    out[L::JUDGE_FOUND] = report[L::JUDGE_SKIP] = !good;
+    out[L::JUDGE_APPLY] = (grad_scale ? *grad_scale : 1.0f) * std::exp(-above[tensors]);
+    report[L::JUDGE_LOSS] = loss ? *loss : NOTHING;
+    report[L::JUDGE_FOUND_INF] = overflow;
+    report[L::JUDGE_SCALE] = grad_scale ? *grad_scale : NOTHING;
+    report[L::JUDGE_CLIPPED] = float(clipped);
+    report[L::JUDGE_NORM] = own[tensors];
+    report[L::JUDGE_SCORE] = whole.score;
+    report[L::JUDGE_RATIO] = NOTHING;
+}
 
 // control: float (rows, L::NUM_SLOTS). telemetry: float (parts, 4). loss, found_inf, grad_scale: null or one float.
 // log: null or float (log_length, L::NUM_SLOTS). law: layout.py's number of it. clip_global: whether

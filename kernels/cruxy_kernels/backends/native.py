@@ -25,6 +25,8 @@ from torch import Tensor
 from ..codec import Codec, scale_name
 from ..laws import layout as L
 from ..laws.clipping import TensorClip, tensor_law
+from ..laws.judge import CLIPS, Limits
+from ..laws.judge import size as judgement_size
 from ..rules import Rule
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -59,7 +61,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     loaded.control_law.argtypes = [pointer, integer, pointer, integer, *[pointer] * 4, integer, flag, flag]
     for name in RULES_SERVED:
         getattr(loaded, name).argtypes = [pointer, integer, pointer, pointer, pointer, flag, flag]
-    for name in ("telemetry", "control_law", *RULES_SERVED):
+    loaded.judge.argtypes = [pointer, integer, pointer, integer, *[pointer] * 6, flag, flag]
+    for name in ("telemetry", "control_law", "judge", *RULES_SERVED):
         getattr(loaded, name).restype = None
     return loaded, f"loops compiled by {version}"
 
@@ -248,6 +251,31 @@ def control(
     if isinstance(clip, TensorClip):
         inverse = 1.0 if grad_scale is None else grad_scale.reciprocal()
         tensor_law(clip, telemetry, control[0, L.GRAD_NORM], inverse, control[0, L.SKIP] > 0)
+
+
+def judge(
+    table: Tensor | None,
+    norms: Tensor | None,
+    state: Tensor,
+    loss: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    sigmas: float,
+    limits: Limits,
+) -> Tensor:
+    """`laws.judge.specification` of a table's gradients, or of given norms."""
+    tensors = state.shape[1] - 1
+    out = torch.empty(judgement_size(tensors))
+    numbers = [None if value is None else value.data_ptr() for value in (loss, grad_scale, found_inf)]
+    thresholds = (ctypes.c_float * 6)(
+        sigmas, limits.far, limits.skip, 1 / limits.memory, limits.patience, limits.log_ratio
+    )
+    rows, present = (None, 0) if table is None else (table.data_ptr(), len(table))
+    _loops().judge(
+        rows, present, None if norms is None else norms.data_ptr(), tensors, state.data_ptr(), out.data_ptr(), *numbers,
+        ctypes.addressof(thresholds), CLIPS[limits.clip], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def telemetry(grads: Sequence[Tensor], gamma: float, per_tensor: bool) -> Tensor:

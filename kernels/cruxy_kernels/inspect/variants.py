@@ -7,6 +7,7 @@ from ..codec import CODECS, dequantize_kernel, quantize_kernel
 from ..laws import layout as L
 from ..laws.blade import blade_kernel, blade_sizes
 from ..laws.control import control_kernel, refresh_kernel
+from ..laws.judge import CLIPS, LANES, judge_kernel
 from ..laws.telemetry import PARTIALS_AT_ONCE, telemetry_kernel, tensor_kernel, total_kernel
 from ..rules import RULES
 from ..update import LINES, constants, update_kernel
@@ -26,8 +27,8 @@ def wide(*types: str) -> int:
 
 
 def all_variants() -> list[Variant]:
-    """Telemetry, control, layers, updates and codecs."""
-    return [*_telemetry(), *_control(), *_layers(), *_updates(), *_codecs()]
+    """Telemetry, control, layers, judgement, updates and codecs."""
+    return [*_telemetry(), *_control(), *_layers(), *_judgements(), *_updates(), *_codecs()]
 
 
 def _telemetry() -> list[Variant]:
@@ -94,6 +95,29 @@ def _control() -> list[Variant]:
         for tensors, (law, number) in product((False, True), L.LAWS.items())
     ]
     return [*laws, refresh]
+
+
+def _judgements() -> list[Variant]:
+    table = {"entries": "*i64", "chunk_entry": "*i32", "chunk_index": "*i32", "bounds": "*i32", "partials": "*fp32"}
+    places = {"first": "i32", "done": "*i32", "spans": "*i32", "tensors": "i32", "state": "*fp32", "out": "*fp32"}
+    numbers = {"loss_pointer": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+    numbers |= dict.fromkeys(("sigmas", "far", "skip_sigmas", "least_rate", "patience", "log_ratio"), "fp32")
+    return [
+        Variant(
+            f"judge {'norms' if given else grad}{'' if last else ' sums only'}",
+            judge_kernel,
+            table | places | numbers,
+            {"GRAD_TYPE": grad, "GIVEN": given, "LAST": last, "CLIP": CLIPS["tensors"], "LINES": T.CHUNK // 8}
+            | {"HAS_LOSS": True, "HAS_GRAD_SCALE": True, "HAS_FOUND_INF": True, "LANES": LANES}
+            | {"LAYOUT": L.KEY + T.KEY},
+            aligned=(*table, "done", "spans", "state", "out"),
+            wide_loads=0 if given else wide(grad),
+            bytes_moved=0.0 if given else BYTES[grad] + MAP_BYTES,
+            floor=None if given else BYTES[grad],
+            counts=last and not given,
+        )
+        for grad, given, last in [*product(BYTES, (False,), (True, False)), ("fp32", True, True)]
+    ]
 
 
 def _layers() -> list[Variant]:

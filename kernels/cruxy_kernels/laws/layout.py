@@ -14,6 +14,7 @@ Constants: "paper" is the Cruxy white paper v2.1; "SDK" marks facts read off PyP
 """
 
 import hashlib
+import math
 
 # -- inputs ------------------------------------------------------------------
 LR = 0  # the group's learning rate: the user's and the scheduler's
@@ -90,6 +91,21 @@ HISTORY_NORM = 0  # of the clipped gradient, after unscaling
 HISTORY_SEEN = 1  # norms that it has seen, counted up to TENSOR_CLIP_WARMUP
 NUM_HISTORY = 2
 
+# -- judgement of gradients (laws/judge.py), shape (JUDGE_REPORT + JUDGE_HEAD + 3 (tensors + 1),) ------------------
+JUDGE_FOUND = 0  # 1 to skip the step, else 0: as a loss scaler's found_inf
+JUDGE_APPLY = 4  # what the gradients have to be divided by: the loss scale, over the factor of the norm of all
+JUDGE_REPORT = 8  # here a head begins, then the norms (tensors + 1, the last is that of all) and their scores; behind
+# the report, the logarithms of what brings each norm to its limit, 0 where it is below
+JUDGE_SKIP = 0  # numbers of the head
+JUDGE_LOSS = 1
+JUDGE_FOUND_INF = 2
+JUDGE_SCALE = 3
+JUDGE_CLIPPED = 4  # norms above their limit
+JUDGE_NORM = 5
+JUDGE_SCORE = 6
+JUDGE_RATIO = 7  # left for the size of the update, which is known after the step
+JUDGE_HEAD = 8
+
 # -- layer-wise control (BLADE): averages of a layer, shape (layers, 2), and of all layers, shape (3,). 0: none yet ---
 LAYER_NORM = 0  # of the layer's gradient, after unscaling, before clipping
 LAYER_ALIGNMENT = 1  # of 1 + a
@@ -151,6 +167,11 @@ TENSOR_CLIP_NORM = 1.0  # limit of the global norm while a tensor warms up
 TENSOR_CLIP_RATIO = 1.05  # limit of a tensor's norm afterwards, in units of its history
 TENSOR_CLIP_BETA = 0.98  # memory of the history
 TENSOR_CLIP_WARMUP = 30  # norms of a tensor, not steps of the optimizer
+# Judgement of gradients. A deviation is at least JUDGE_FLOOR + JUDGE_YOUNG / n (in logarithms): the second step of a
+# run is an outlier only at thousands of times the first, the tenth at more than 10 times the others.
+JUDGE_NORMAL = math.sqrt(math.pi / 2)  # standard over mean absolute deviation of a normal distribution
+JUDGE_FLOOR, JUDGE_YOUNG = 0.2, 2.0
+JUDGE_WINSOR = 3.0  # what an accepted value moves a history by at most, in deviations
 # Layer-wise control (values: the BLADE manuscript, which has no public address; docs/laws.md has what it says).
 BLADE_SAMPLES = 16  # sign bits per layer
 BLADE_BETA = 0.98
