@@ -239,11 +239,11 @@ def files() -> set[str]:
 
 # Files that are cited and belong to somebody else: a run writes them, a model or another project has them.
 ELSEWHERE = {
-    "book.txt", "config.json", "plan.json", "plot.png", "report.md", "run.json",
+    "book.txt", "config.json", "llama.cpp", "plan.json", "plot.png", "report.md", "run.json",
 }  # fmt: skip
 OTHER_PROJECTS = (
-    "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "lomo_optim/", "modules/trainer/", "recipes/",
-    "torch/", "trl/",
+    "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "llama.cpp/", "lomo_optim/", "modules/trainer/",
+    "recipes/", "torch/", "trl/",
 )  # fmt: skip
 CITED = re.compile(r"(?<![\w/.:*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|cpp|toml|json|svg|png|txt))(?![\w/*])")
 
