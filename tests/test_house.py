@@ -48,7 +48,7 @@ KERNEL_FLOORS = [
     {f"cruxy_kernels.{name}" for name in ("codec", "rounding", "laws", "rules")},
     {"cruxy_kernels.update", "cruxy_kernels.backends"},
     {"cruxy_kernels.backends.dispatch"},
-    {"cruxy_kernels.backends.prepared"},
+    {"cruxy_kernels.backends.judge", "cruxy_kernels.backends.prepared"},
     {"cruxy_kernels.inspect", "cruxy_kernels"},
 ]
 # The front door: it imports every room when somebody asks for a name, and offers its version to all of them.
@@ -240,9 +240,13 @@ def files() -> set[str]:
 
 # Files that are cited and belong to somebody else: a run writes them, a model or another project has them.
 ELSEWHERE = {
-    "book.txt", "config.json", "plan.json", "plot.png", "report.md", "run.json", "train_network.py",
+    "book.txt", "config.json", "llama.cpp", "plan.json", "plot.png", "report.md", "run.json",
+    "train_network.py",
 }  # fmt: skip
-OTHER_PROJECTS = ("aten/", "bitsandbytes/", "c10/", "trl/")
+OTHER_PROJECTS = (
+    "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "llama.cpp/", "lomo_optim/", "modules/trainer/",
+    "recipes/", "torch/", "trl/",
+)  # fmt: skip
 CITED = re.compile(r"(?<![\w/.:*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|cpp|toml|json|svg|png|txt))(?![\w/*])")
 
 

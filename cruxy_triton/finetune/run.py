@@ -82,6 +82,7 @@ def resume_recipe(folder: RunFolder, given: dict[str, Any]) -> Recipe:
                 f"--resume continues a run with {name} = {getattr(recipe, name)!r}, but {value!r} is given now; "
                 "leave it out, or start a new run in another --output"
             )
+    recipe.__post_init__()  # what is given now may contradict what was
     return recipe
 
 

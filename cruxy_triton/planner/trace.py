@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
 
     def _sums_gradients(self, args: Any) -> bool:
         """Whether this is a leaf's second gradient on its first one, which torch adds in place where the first is no
-        view; not so under a mode (pytorch: torch/csrc/autograd/input_buffer.cpp)."""
+        view; not so under a mode (PyTorch's InputBuffer::accumulate)."""
         return args[0].shape == self.tied and self.ledger.phase.startswith("backward") and args[0]._base is None
 
     def _see_all(self, value: Any) -> None:

@@ -86,7 +86,7 @@ def test_the_real_model_merged_answers_as_base_and_adapter_do(tmp_path: Path) ->
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=0.05)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     asked = [{"role": "user", "content": "What does shutil.rmtree do?"}]
     ids = AutoTokenizer.from_pretrained(base).apply_chat_template(

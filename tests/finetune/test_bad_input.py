@@ -203,3 +203,25 @@ def test_a_damaged_run_folder(content: str, tmp_path: Path, monkeypatch, capsys)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
     check(main(capsys, "finetune", "--resume", "--output", "run"), "run.json")
+
+
+WRONG = [
+    (("finetune", "MODEL", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    (("finetune", "MODEL", "--data", "d.jsonl", "--micro-batch-size", "3"), "not a multiple of --micro-batch-size 3"),
+    (("finetune", "MODEL", "--data", "d.jsonl", "--retry", "--no-rerty"), "did you mean --no-retry?"),
+    (("finetune", "--resume", "--output", "."), "holds no run to resume"),
+    (("generate", "d.jsonl", "--prompt", "hello"), "d.jsonl is a file"),
+    (("merge", "MODEL"), "holds no adapter to merge"),
+    (("plan", "MODEL", "--vram", "4"), "Was the unit forgotten?"),
+    (("doctor", "--jsno"), "did you mean --json?"),
+]
+
+
+def test_a_person_who_does_everything_wrong_gets_one_sentence_each_time(model: Path, command) -> None:
+    """As processes, one after the other in the same folder, which stays as it was."""
+    (command.folder / "d.jsonl").write_text(GOOD * 9)
+    for words, says in WRONG:
+        done = command(*(model if word == "MODEL" else word for word in words))
+        check(done, says)
+        assert done.stdout == ""
+        assert [p.name for p in command.folder.iterdir()] == ["d.jsonl"], words

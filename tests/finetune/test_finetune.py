@@ -336,7 +336,7 @@ def test_a_full_run_as_a_process(small_model, questions: Path, command, capsys) 
     found = data.load(str(questions), eval_source=None, eval_fraction=0.05, max_eval_samples=20, seed=0, chat=False)
     assert stock_loss(model, tokenizer, found.held_out, 128) == pytest.approx(result["after"]["loss"], rel=1e-5)
     said = (folder / "report.md").read_text(encoding="utf-8")
-    assert f"| trained | every weight: {made['trainable_parameters']:,} parameters (float32) |" in said
+    assert f"| trained | every weight: {made['trainable_parameters']:,} parameters (float32), each layer in" in said
     assert "LoRA" not in said
     assert "AutoModelForCausalLM.from_pretrained('model', dtype='auto')" in said
 

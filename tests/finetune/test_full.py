@@ -172,7 +172,7 @@ def test_a_layer_whose_gradient_is_not_finite_is_left_alone_and_named(train, tmp
 
 
 def test_float16_weights_have_a_loss_scale(train, tmp_path: Path, monkeypatch) -> None:
-    """As on a card without bfloat16: an overflow halves the scale, costs a step and is no fault of the run."""
+    """As on a card without bfloat16: an overflow halves the scale, costs one step and is no fault of the run."""
     from cruxy_triton import settings
     from cruxy_triton.finetune import load
 

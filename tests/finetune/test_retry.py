@@ -159,6 +159,8 @@ def test_no_retry(train, tmp_path: Path, monkeypatch) -> None:
     assert record(tmp_path / "run")["status"] == "out of memory"
     with pytest.raises(UserError, match="lora_r = 16, but 8 is given"):
         train(resume=True, lora_r=8)
+    with pytest.raises(UserError, match="--batch-size 4 is not a multiple of --micro-batch-size 3"):
+        train(resume=True, micro_batch_size=3)
     result, _ = train(resume=True, micro_batch_size=2)
     assert (result.finished, result.step) == (True, 4)
     assert record(tmp_path / "run")["resumed_at_steps"] == [2]

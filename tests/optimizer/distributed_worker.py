@@ -125,6 +125,20 @@ def ddp(rank: int, world: int, folder: Path) -> None:
         assert math.isclose(optimizer.metrics()["lr"], single.metrics()["lr"], rel_tol=1e-3)
 
 
+def ddp_layers(rank: int, world: int, folder: Path) -> None:
+    """Layer-wise control goes by the mean loss and the gradients of all ranks: the same multipliers on each."""
+    for kind in ("blade", "sketch_align"):
+        model = DistributedDataParallel(Model())
+        optimizer = CruxyOptimizer(model.named_parameters(), lr=1e-2, layerwise=kind)
+        for step in range(20):
+            optimizer.set_entropy(1.0 + rank + step % 2)  # every rank's own
+            train(model, optimizer, step, step + 1, rank, world)
+        state = [t.double() for t in optimizer.param_groups[0]["layers"].values() if isinstance(t, torch.Tensor)]
+        same_on_all_ranks([*whole(model.parameters()), *state], world)
+        assert optimizer.param_groups[0]["layers"]["shared"].min() > 0
+        assert any(m != 1 for m in optimizer.layer_multipliers().values())
+
+
 def ddp_bad_steps(rank: int, world: int, folder: Path) -> None:
     """A NaN in one rank's batch or loss skips the step on both."""
     model = DistributedDataParallel(Model())
@@ -205,7 +219,7 @@ def fsdp_checkpoint(rank: int, world: int, folder: Path) -> None:
         assert all(torch.equal(p, q) for p, q in pairs)
 
 
-SCENARIOS = (ddp, ddp_bad_steps, fsdp, fsdp_bad_steps, fsdp_checkpoint)
+SCENARIOS = (ddp, ddp_layers, ddp_bad_steps, fsdp, fsdp_bad_steps, fsdp_checkpoint)
 
 
 def main() -> None:

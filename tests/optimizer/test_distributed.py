@@ -34,7 +34,9 @@ def run(tmp_path_factory) -> tuple[Path, list[str]]:
     return folder, outputs
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "ddp_bad_steps", "fsdp", "fsdp_bad_steps", "fsdp_checkpoint"])
+@pytest.mark.parametrize(
+    "scenario", ["ddp", "ddp_layers", "ddp_bad_steps", "fsdp", "fsdp_bad_steps", "fsdp_checkpoint"]
+)
 def test_two_processes(run, scenario):
     folder, outputs = run
     finished = [(folder / f"{scenario}.{rank}").exists() for rank in range(WORLD)]
