@@ -199,7 +199,7 @@ class Trainer(SFTTrainer):
             if name in adapters:
                 parameter.data = adapters[name]
         # TRL's counts stay those of this process; they are added up once per step and evaluation.
-        self.accelerator.gather_for_metrics = lambda value, *_, **__: value
+        self.accelerator.gather_for_metrics = lambda input_data, use_gather_object=False: input_data
         self.sequences = len(self.train_dataset)
         if processes.count > 1:
             self.train_dataset = datasets.concatenate_datasets([self.train_dataset, _untrained(self.train_dataset)])
