@@ -41,6 +41,12 @@ def require_train_extra() -> None:
         )
 
 
+def require_reporter(name: str) -> None:
+    """Raises MissingPackage where the package of `--report-to` is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise MissingPackage(f"--report-to {name} needs the package {name}, which is not installed; pip install {name}")
+
+
 def expect_no_hub_in_vain() -> None:
     """Asks once whether the Hugging Face hub answers; if not, only the cache is used for the rest of the process.
 

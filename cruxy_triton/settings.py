@@ -375,6 +375,8 @@ class Settings:
     seed: int = _training(0, "of the adapters, the order of the data and dropout", minimum=0, maximum=2**32 - 1,
                           metavar="N")  # fmt: skip
     save_steps: int = _training(50, "steps between checkpoints", minimum=1, metavar="N")
+    report_to: str = _training("none", "where the rows of metrics.jsonl go as well",
+                               choices=("none", "tensorboard", "wandb", "trackio"))  # fmt: skip
     retry: bool = _training(True, "when memory runs out, go on with the next configuration that makes the same steps "
                             "in less")  # fmt: skip
     eval_steps: int | None = _training(None, "steps between evaluations on held-out records", minimum=1, metavar="N",

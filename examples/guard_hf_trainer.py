@@ -1,4 +1,4 @@
-"""The guard in Hugging Face's Trainer: one callback.
+"""The guard in Hugging Face's Trainer: one line.
 
     python examples/guard_hf_trainer.py [--tiny]
 
@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from cruxy_triton import files
-from cruxy_triton.guard import GuardCallback, read_events
+from cruxy_triton.guard import read_events
+from cruxy_triton.integrations.transformers import CruxyCallback
 
 DAMAGED = 999  # only damaged records hold this token
 
@@ -49,8 +50,8 @@ def main() -> None:
             lr_scheduler_type="cosine", warmup_steps=5, max_grad_norm=0.0, logging_steps=20, report_to=[],
             save_steps=steps, disable_tqdm=True,
         )  # fmt: skip
-        callback = GuardCallback()
-        trainer = Trainer(model=Damaging(config), args=arguments, train_dataset=rows, callbacks=[callback])
+        trainer = Trainer(model=Damaging(config), args=arguments, train_dataset=rows)
+        callback = CruxyCallback(guard=True).attach(trainer)
         trainer.train()
         assert callback.guard is not None
         print(callback.guard.summary())

@@ -8,7 +8,9 @@ shows that both runs end at the same loss. No network, a few seconds on a CPU.
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +18,20 @@ from torch import nn
 from cruxy_triton import CruxyOptimizer
 
 CONTEXT, STEPS = 32, 200
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+SYMBOLS = sorted(set(SOURCE))
+TEXT = torch.tensor([SYMBOLS.index(character) for character in SOURCE])
 
 
-def make_model(symbols: int) -> nn.Module:
+def batches(first: int, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each step the 64 contexts and the characters that follow."""
+    for step in range(first, last):
+        starts = torch.randint(len(TEXT) - CONTEXT, (64,), generator=torch.Generator().manual_seed(step))
+        yield torch.stack([TEXT[i : i + CONTEXT] for i in starts.tolist()]), TEXT[starts + CONTEXT]
+
+
+def make_model() -> nn.Module:
+    symbols = len(SYMBOLS)
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(symbols, 32), nn.Flatten(), nn.Linear(32 * CONTEXT, 128), nn.GELU(),
                          nn.Linear(128, symbols))  # fmt: skip
@@ -33,11 +46,14 @@ def make_optimizer(model: nn.Module) -> CruxyOptimizer:
     )
 
 
-def train(model: nn.Module, optimizer: CruxyOptimizer, schedule, text: torch.Tensor, first: int, last: int) -> None:
-    for step in range(first, last):
-        starts = torch.randint(len(text) - CONTEXT, (64,), generator=torch.Generator().manual_seed(step))
-        inputs = torch.stack([text[i : i + CONTEXT] for i in starts.tolist()])
-        targets = text[starts + CONTEXT]
+def everything() -> tuple[nn.Module, CruxyOptimizer, Any]:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
+
+
+def train(model: nn.Module, optimizer: CruxyOptimizer, schedule: Any, first: int, last: int) -> None:
+    for step, (inputs, targets) in enumerate(batches(first, last), first):
         loss = nn.functional.cross_entropy(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -52,22 +68,13 @@ def train(model: nn.Module, optimizer: CruxyOptimizer, schedule, text: torch.Ten
 
 
 def main() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
-    symbols = sorted(set(source))
-    text = torch.tensor([symbols.index(c) for c in source])
-
-    def everything():
-        model = make_model(len(symbols))
-        optimizer = make_optimizer(model)
-        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
-
     model, optimizer, schedule = everything()
-    train(model, optimizer, schedule, text, 0, STEPS // 2)
+    train(model, optimizer, schedule, 0, STEPS // 2)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "checkpoint.pt"
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         torch.save(state, file)
-        train(model, optimizer, schedule, text, STEPS // 2, STEPS)
+        train(model, optimizer, schedule, STEPS // 2, STEPS)
 
         sys.stdout.write("again from the checkpoint:\n")
         saved = torch.load(file, weights_only=True)
@@ -75,7 +82,7 @@ def main() -> None:
     resumed.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
     resumed_schedule.load_state_dict(saved["schedule"])
-    train(resumed, resumed_optimizer, resumed_schedule, text, STEPS // 2, STEPS)
+    train(resumed, resumed_optimizer, resumed_schedule, STEPS // 2, STEPS)
 
     same = optimizer.metrics()["loss"] == resumed_optimizer.metrics()["loss"]
     sys.stdout.write(f"the resumed run is {'the same' if same else 'NOT the same'}\n")

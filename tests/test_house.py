@@ -36,6 +36,7 @@ FLOORS = [
     },
     {"cruxy_triton.release"},
     {"cruxy_triton.guard"},
+    {"cruxy_triton.integrations"},
     {"cruxy_triton.planner"},
     {"cruxy_triton.page"},
     {"cruxy_triton.finetune"},
@@ -240,6 +241,7 @@ def files() -> set[str]:
 # Files that are cited and belong to somebody else: a run writes them, a model or another project has them.
 ELSEWHERE = {
     "book.txt", "config.json", "llama.cpp", "plan.json", "plot.png", "report.md", "run.json",
+    "train_network.py",
 }  # fmt: skip
 OTHER_PROJECTS = (
     "adv_optm/", "aten/", "bitsandbytes/", "c10/", "flashoptim/", "llama.cpp/", "lomo_optim/", "modules/trainer/",

@@ -54,9 +54,23 @@ def run(args: argparse.Namespace) -> int:
         with_file(args, parser)
     settings.refuse_adapters(getattr(args, "given", {}), getattr(args, "given", {}).get("method"))
     given = typed(args, "finetune")
+    from cruxy_triton.finetune import processes
+
+    together = processes.start(given.get("device", "auto"))
+    try:
+        return _run(args, given, together)
+    except processes.Elsewhere:  # said by the first process
+        return 2
+    finally:
+        processes.leave()
+
+
+def _run(args: argparse.Namespace, given: dict[str, Any], together: Any) -> int:
     record_gradients = given.pop("record_gradients", 0)
     _say_what_only_the_hub_knows(given)
-    if args.json:  # standard output is for the result alone
+    if not together.first:
+        say = lambda line: None  # noqa: E731
+    elif args.json:  # standard output is for the result alone
         say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     else:
         say = lambda line: print(line, flush=True)  # noqa: E731
@@ -91,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         if args.demo:
             from cruxy_triton.finetune import demo
 
-            asked, (args.demo, model, data) = args.demo, demo.prepare(args.demo, say)
+            asked = args.demo
+            args.demo, model, data = together.from_first(lambda: demo.prepare(asked, say))
             if args.demo != asked:
                 recipe = Recipe(**_complete(given, args.demo))
             recipe.model, recipe.data = model, str(data)
@@ -125,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"interrupted: checkpoint of step {result.step} saved; continue with")
         say(f"  cruxy-triton finetune --resume --output {recipe.output}{' --merge' if args.merge else ''}")
         return 128 + result.signal
+    if not together.first:
+        return 0
     if args.merge:
         from cruxy_triton.cli.merge import merge
 

@@ -1,6 +1,7 @@
 """The run's memory: asks the planner, fills the recipe's open settings from its answer, keeps to the budget."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,54 @@ MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: 
 PLANNED = [name for name, setting in settings.SETTINGS.items() if "planned" in setting.left_open]
 
 
-def card_of(recipe: Recipe, device: torch.device) -> Card:
-    """The device as the planner sees it, cut down to the recipe's budget if it has one."""
+def card_of(recipe: Recipe, device: torch.device, processes: int = 1) -> Card:
+    """The device as the planner sees it, cut down to the recipe's budget if it has one; `processes` share a CPU."""
     if device.type == "cpu":
-        return Card.cpu(recipe.vram_bytes or psutil.virtual_memory().available)
+        return Card.cpu(recipe.vram_bytes or psutil.virtual_memory().available // processes)
     return Card.detect().within(recipe.vram_bytes)
 
 
 def make_plan(
-    recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, longest_allowed: int, longest_record: int
+    recipe: Recipe,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    longest_allowed: int,
+    longest_record: int,
+    card: Card | None = None,
+    processes: int = 1,
 ) -> Plan:
     """The plan for `recipe`, whose open settings (sequence length, micro-batch, checkpointing, attention; of a full
     fine-tuning also the loss and the bits of the optimizer's state) it decides.
 
     In this order of preference: the whole length, then no checkpointing, then the largest micro-batch; the
-    optimizer step always sees `batch_size` sequences, so the last two change speed and not the result.
+    optimizer step always sees `batch_size` sequences, so the last two change speed and not the result. The plan is that
+    of one device: of several `processes` each has its part of the batch, and DDP's copy of the trained gradients.
     Raises UserError when nothing fits, or for a model that the planner cannot follow.
     """
-    answer = planned(recipe, config, card_of(recipe, device), dtype, min(longest_allowed, longest_record))
+    longest = min(longest_allowed, longest_record)
+    card = card or card_of(recipe, device)
+    answer = planned(recipe, config, card, dtype, longest, processes)
+    if processes > 1:
+        buckets = answer.components.get("adapters", 0)  # a float32 gradient is as large as what it is of
+        reserved = replace(card, context_bytes=card.context_bytes + buckets)
+        answer = planned(recipe, config, reserved, dtype, longest, processes)
     if not answer.fits:
         raise UserError(_too_small(answer, recipe))
     for name in PLANNED:
         setattr(recipe, name, getattr(answer.config, name))
+    recipe.batch_size *= processes
     return answer
 
 
-def planned(recipe: Recipe, config: Any, card: Card, dtype: torch.dtype, longest: int | None = None) -> Plan:
-    """The planner's answer for `recipe` as it is, on `card`, whether it fits or not."""
+def planned(
+    recipe: Recipe, config: Any, card: Card, dtype: torch.dtype, longest: int | None = None, processes: int = 1
+) -> Plan:
+    """The planner's answer for `recipe` as it is, on `card`, whether it fits or not; for one of `processes`."""
     given = {name: getattr(recipe, name) for name in settings.CONFIGURES if name not in ("device", "vram_bytes")}
     given["dtype"] = str(dtype).removeprefix("torch.")
+    if processes > 1:
+        given["batch_size"] //= processes
     return plan(config.to_dict(), card, longest=longest, margin=False, alternatives=False, **given)
 
 

@@ -84,7 +84,7 @@ def leaner(recipe: Recipe, card: Card) -> Iterator[tuple[Recipe, str]]:
         return found, " and ".join(said.values())
 
     assert recipe.micro_batch_size is not None, "the plan decides the micro-batch size first"
-    # With released gradients every micro-batch is a step, and a smaller one would be another.
+    # With released gradients each micro-batch is a step, and a smaller one would be another.
     micro = 1 if recipe.releases else recipe.micro_batch_size
     while micro > 1:
         micro = max(n for n in range(1, micro // 2 + 1) if recipe.batch_size % n == 0)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from cruxy_triton import files, settings
-from cruxy_triton.environment import versions
+from cruxy_triton.environment import require_reporter, versions
 from cruxy_triton.errors import UserError
 from cruxy_triton.finetune import data as data_module
-from cruxy_triton.finetune import full, load, memory, preview, report, retry, selftest
+from cruxy_triton.finetune import full, load, memory, preview, processes, report, retry, selftest
 from cruxy_triton.finetune.folder import KEPT_CHECKPOINTS, RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import TrainingStopped
@@ -30,12 +30,10 @@ from cruxy_triton.guard.checkpoints import step_of
 
 # Settings that a resumed run may differ in: they do not change what is computed, the second row but for rounding.
 RESUME_MAY_CHANGE = {
-    "output", "save_steps", "sample_tokens", "retry",
+    "output", "save_steps", "sample_tokens", "retry", "report_to",
     "micro_batch_size", "gradient_checkpointing", "chunked_loss", "attention",
 }  # fmt: skip
 PATHS = ("model", "data", "eval_data")
-# How launchers tell a process that it is one of several (torchrun and accelerate, Open MPI, MPICH, MVAPICH).
-PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 TEXT_PROMPT_TOKENS = 32
 MIN_APPLIED = 0.1  # of a run's steps; one with fewer has failed
 ENDED = ("finished", "diverged", "stopped")  # with a result and a report
@@ -99,22 +97,23 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
     Raises UserError for input that cannot be used, before anything is written, and TrainingFailed when
     training itself breaks; checkpoints and metrics up to then are kept.
     """
-    for name in PROCESS_COUNTS:
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"this is one of {os.environ[name]} processes ({name} is set), and a run trains on one device; start "
-                "`cruxy-triton finetune` without torchrun, accelerate launch or mpirun"
-            )
     ran_out: list[str] = []
-    with folder.locked(hooks.say):
+    with contextlib.ExitStack() as stack:
+        together = processes.start(recipe.device)
+        if not together.first:
+            hooks = Hooks()
+        with together.together():
+            if together.first:
+                stack.enter_context(folder.locked(hooks.say))
         while True:
             try:
-                return _Run(recipe, folder, hooks, ran_out).go(record_gradients)
+                with together.together():
+                    run = _Run(recipe, folder, hooks, ran_out, together)
+                return run.go(record_gradients if together.first else 0)
             except retry.OutOfMemory as error:
                 retry.release(error)
                 # Of several processes one alone cannot change what all of them compute.
-                several = torch.distributed.is_available() and torch.distributed.is_initialized()
-                able = recipe.retry and not several
+                able = recipe.retry and together.count == 1
                 following = retry.following(error.attempt) if able else None
                 if following is None:
                     raise TrainingFailed(f"{error}: {retry.advice(error.attempt)}") from error
@@ -123,6 +122,10 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
                 hooks.say(f"warning: {ran_out[-1]}")
                 if error.attempt.begun:
                     folder.go_on()
+            except RuntimeError as error:
+                if not processes.lost(error):
+                    raise
+                raise TrainingFailed("another process of this run has ended; its own message says why") from error
 
 
 def dry_run(recipe: Recipe, folder: RunFolder, hooks: Hooks) -> dict[str, Any]:
@@ -131,6 +134,7 @@ def dry_run(recipe: Recipe, folder: RunFolder, hooks: Hooks) -> dict[str, Any]:
     Raises UserError for what `finetune` would refuse before it loads the model.
     """
     run = _Run(recipe, folder, hooks, [])
+    run._look()
     run._read()
     return preview.of(run.rows, run.tokens, recipe, run.tokenizer, packed=run.data.packed) | {
         "plan": run.plan.to_dict(),
@@ -142,9 +146,17 @@ def dry_run(recipe: Recipe, folder: RunFolder, hooks: Hooks) -> dict[str, Any]:
 class _Run:
     """One run; its methods are its stages, in order."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, hooks: Hooks, ran_out: list[str]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        hooks: Hooks,
+        ran_out: list[str],
+        together: processes.Processes = processes.Processes(),  # noqa: B008 (frozen: one process)
+    ) -> None:
         """`ran_out` has a sentence for each attempt that ran out of memory and is not in run.json yet."""
         self.recipe = recipe
+        self.processes = together
         self.ran_out = ran_out
         self.folder = folder
         self.hooks = hooks
@@ -156,15 +168,27 @@ class _Run:
         recipe.data, recipe.eval_data = str(_absolute(recipe.data)), _absolute(recipe.eval_data)
 
     def go(self, record_gradients: int) -> Result:
-        self._read()
+        self._look()
+        with self.processes.together():
+            self._read()
         try:
             self._load()
         except Exception as error:
             if not memory.ran_out(error):
                 raise
             raise self._out_of_memory("before training", error, begun=self.folder.resuming) from error
-        self._begin()
+        self.run = self.processes.from_first(self._begin)
+        with self.processes.together():
+            if not self.folder.run_json.is_file():
+                raise UserError(f"{self.folder.path} is not on storage that all machines of this run share")
         return self._train(record_gradients)
+
+    def _look(self) -> None:
+        """The device, and the smallest card of all processes, for which all of them plan."""
+        with self.processes.together():
+            self.device = load.device_of(self.recipe)
+            card = memory.card_of(self.recipe, self.device, self.processes.local)
+        self.card = min(self.processes.gather(card), key=lambda each: each.usable_bytes())
 
     def _out_of_memory(self, when: str, error: Exception, *, begun: bool) -> retry.OutOfMemory:
         attempt = retry.Attempt(self.recipe, self.shape, self.plan, self.device, self.dtype, begun)
@@ -173,7 +197,9 @@ class _Run:
     def _read(self) -> None:
         """Config, tokenizer, data and plan: all that can be known without the weights."""
         recipe, say = self.recipe, self.hooks.say
-        self.device = load.device_of(recipe)
+        require_reporter(recipe.report_to)
+        if self.processes.count > 1:
+            self._share()
         self.dtype = selftest.trusted(load.dtype_of(recipe, self.device), self.device, recipe.dtype, say)
         for note in full.check(recipe, self.dtype):
             say(note)
@@ -215,13 +241,37 @@ class _Run:
         shape = copy.deepcopy(self.config)
         shape.__dict__.pop("quantization_config", None)
         self.shape = shape
-        self.plan = memory.make_plan(recipe, shape, self.device, self.dtype, limit or needed, needed)
+        self.plan = memory.make_plan(
+            recipe, shape, self.device, self.dtype, limit or needed, needed, self.card, self.processes.count
+        )
         for line in memory.describe(self.plan, recipe):
             say(line)
+        if self.processes.count > 1:
+            part = recipe.batch_size // self.processes.count
+            say(f"  on each of {self.processes.count} devices, of every step's sequences {part}")
         if recipe.vram_bytes is not None and self.device.type == "cpu":
             say("note: the budget is planned with; on a CPU nothing keeps the process to it")
         self._fit(limit)
         memory.limit(recipe, self.device)
+
+    def _share(self) -> None:
+        """Raises UserError for what several processes cannot do together."""
+        recipe, count = self.recipe, self.processes.count
+        odd = {
+            "--method full": recipe.method == "full",
+            f"--layerwise {recipe.layerwise}": recipe.layerwise != "none",
+            "--lr auto": recipe.lr == settings.AUTO,
+            "--eval-steps": recipe.eval_steps is not None,
+        }
+        if any(odd.values()):
+            flag = next(flag for flag, given in odd.items() if given)
+            raise UserError(f"{flag} is for one process, and these are {count}; leave out one of the two")
+        part, rest = divmod(recipe.batch_size, count)
+        if rest or part % (recipe.micro_batch_size or 1):
+            raise UserError(
+                f"--batch-size {recipe.batch_size} cannot be divided among {count} processes in micro-batches of "
+                f"{recipe.micro_batch_size or 1}; give a multiple of their product"
+            )
 
     def _fit(self, limit: int | None) -> None:
         """Cuts the tokens to the sequence length; raises UserError when it leaves nothing, says what it costs."""
@@ -251,30 +301,27 @@ class _Run:
     def _load(self) -> None:
         """The model, tried out and evaluated; what of an earlier part of the run is whole."""
         recipe, say = self.recipe, self.hooks.say
-        self.checkpoint, faults = self.folder.intact_checkpoint() if self.folder.resuming else (None, [])
+        self.checkpoint, faults = None, []
+        if self.folder.resuming:
+            self.checkpoint, faults = self.processes.from_first(self.folder.intact_checkpoint)
         for fault in faults:
             say(f"warning: {fault}; going on from the one before")
-        attention = load.use_attention(recipe.attention, self.device)
-        whole = recipe.method == "full"  # then a checkpoint has all weights
-        base, self.weights = load.model_of(
-            recipe, self.config, self.device, self.dtype, attention, self.checkpoint if whole else None
-        )
-        if self.weights.beyond:
-            say(memory.larger(self.plan, recipe, self.weights.beyond))
-        self.model = base.requires_grad_(True) if whole else load.add_lora(base, recipe)
+        with self.processes.together():
+            self._load_model()
         # Imported here: TRL takes seconds, and everything above can already have refused the input.
         from cruxy_triton.finetune.train import Trainer
 
         self.trainer: Any = Trainer(
-            self.model, self.tokenizer, self.rows, recipe, self.folder, self.dtype, packed=self.data.packed
-        )
-        self.lengths["sequences"] = len(self.trainer.train_dataset)
+            self.model, self.tokenizer, self.rows, recipe, self.folder, self.dtype, packed=self.data.packed,
+            processes=self.processes,
+        )  # fmt: skip
+        self.lengths["sequences"] = self.trainer.sequences
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in self.parameters)
         self.dtype_name = "nf4" if recipe.load_in_4bit else str(self.dtype).removeprefix("torch.")
         say(
             f"model: {recipe.model}, {self.dtype_name} on {self.device} ({self.weights}); {self.trainable:,} trainable "
-            f"parameters in {len(self.parameters)} {'' if whole else 'adapter '}tensors"
+            f"parameters in {len(self.parameters)} {'' if recipe.method == 'full' else 'adapter '}tensors"
         )
         if recipe.guard == "act" and not full.keeps_snapshots(recipe, self.parameters):
             size = full.copy_bytes(recipe, self.parameters)[1]
@@ -282,8 +329,9 @@ class _Run:
                 f"note: the guard keeps no snapshots of {size / memory.MIB:,.0f} MiB each: it clips, skips, lowers the "
                 "rate and stops, but does not go back; --resume does, to a checkpoint"
             )
-        for note in self.trainer.try_out():
-            say(note)
+        with self.processes.together():
+            for note in self.trainer.try_out():
+                say(note)
         if self.saved is not None and "before" in self.saved:
             return
         say(f"evaluating on {len(self.trainer.eval_dataset)} held-out sequences before training")
@@ -307,7 +355,19 @@ class _Run:
         self.recipe.lr = found["lr"]
         return found
 
-    def _begin(self) -> None:
+    def _load_model(self) -> None:
+        recipe = self.recipe
+        attention = load.use_attention(recipe.attention, self.device)
+        whole = recipe.method == "full"  # then a checkpoint has all weights
+        base, self.weights = load.model_of(
+            recipe, self.config, self.device, self.dtype, attention, self.checkpoint if whole else None
+        )
+        if self.weights.beyond:
+            self.hooks.say(memory.larger(self.plan, recipe, self.weights.beyond))
+        self.model = base.requires_grad_(True) if whole else load.add_lora(base, recipe)
+
+    def _begin(self) -> dict[str, Any]:
+        """The first process makes the folder; what the run is, for all of them."""
         recipe, folder = self.recipe, self.folder
         copies = COPIES_IN_CHECKPOINTS
         copies += COPIES_IN_SNAPSHOTS if full.keeps_snapshots(recipe, self.parameters) else 0
@@ -332,6 +392,7 @@ class _Run:
             "weights": {"total": self.weights.total, "quantized": self.weights.quantized},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "dtype": self.dtype_name,
+            "processes": self.processes.count,
             "plan": self.plan.to_dict(),
             "versions": versions(),
             "command": sys.argv,
@@ -355,6 +416,7 @@ class _Run:
         if recipe.guard != "off":
             with files.writing(folder.events):
                 folder.events.touch()
+        return self.run
 
     @property
     def _saved_step(self) -> int:
@@ -366,7 +428,7 @@ class _Run:
         from cruxy_triton.finetune.train import GradientRecorder, Interruption, Telemetry
 
         run, folder, trainer = self.run, self.folder, self.trainer
-        interruption = Interruption(self.hooks.say)
+        interruption = Interruption(self.hooks.say, self.processes)
         telemetry = Telemetry(trainer, self.hooks.progress)
         evaluation = Evaluation(trainer, telemetry, self.hooks.say)
         trainer.add_callback(telemetry)
@@ -401,7 +463,7 @@ class _Run:
         finally:
             if interruption.number is not None and status == "failed":
                 status = "interrupted"
-            if status not in ENDED:
+            if status not in ENDED and self.processes.first:
                 with contextlib.suppress(files.WriteFailed):  # the disk may be full
                     folder.write_run(run, status)
         if interruption.number is not None and status == "interrupted":
@@ -425,6 +487,9 @@ class _Run:
         step = trainer.state.global_step
         after = evaluation.conclude(step)
         answers = self._answers(len(run["samples"]))
+        if not self.processes.first:
+            run |= self.processes.from_first(dict)
+            return run["status"]
         run["samples"] = [{**sample, "after": text} for sample, text in zip(run["samples"], answers, strict=False)]
         status = "finished" if math.isfinite(after["loss"]) else "diverged"
         if guard is not None and guard.stopped is not None:
@@ -458,13 +523,13 @@ class _Run:
             }
         with files.writing(folder.path):
             report.save(self.model, self.tokenizer, folder, run)
-            card = memory.card_of(self.recipe, self.device)
-            memory.draw(folder.path / report.CHART, self.plan, self.shape, card, run["result"])
+            memory.draw(folder.path / report.CHART, self.plan, self.shape, self.card, run["result"])
             report.write(folder, {**run, "status": status})
         folder.write_run(run, status)
         if status == "finished":
             trainer.best.clear()
             folder.finish()
+        self.processes.from_first(lambda: run)
         return status
 
     def _prompt(self, index: int) -> list[int]:

@@ -1,8 +1,8 @@
 """Training with TRL's SFTTrainer and our optimizer: what the trainer lacks for a run that can be trusted.
 
-The loss reaches the optimizer as a device tensor through a step hook; adapters stay float32; a checkpoint
-appears whole or not at all; Ctrl-C saves first; a guard watches each step; the held-out loss is weighted by tokens
-and is that of the language model alone, without a router's auxiliary loss.
+Loss and guard are `CruxyCallback`'s, as in every other Trainer. Adapters stay float32; a checkpoint appears whole or
+not at all; Ctrl-C saves first; the held-out loss is weighted by tokens and is that of the language model alone, without
+a router's auxiliary loss.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -31,10 +32,12 @@ from cruxy_triton.finetune.best import Best
 from cruxy_triton.finetune.data import Rows
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.memory import ran_out
+from cruxy_triton.finetune.processes import Processes
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.guard import Policy, TrainingGuard, TrainingStopped
-from cruxy_triton.guard.events import ACTIONS, SKIP
+from cruxy_triton.guard.events import SKIP
 from cruxy_triton.guard.released import ReleasedGuard
+from cruxy_triton.integrations.transformers import CruxyCallback
 from cruxy_triton.optimizer import CruxyOptimizer
 from cruxy_triton.release import Released, release_gradients
 
@@ -44,7 +47,6 @@ CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e
 
 MAX_NORM = 1.0  # torch's optimizers under --clip global
 TENSOR_RATIO = 1.05  # and under --clip tensor: AdaGC's multiple of a tensor's own history (arXiv 2502.11034)
-GUARD_STATE = "guard.pt"  # of a checkpoint
 
 
 def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
@@ -81,6 +83,7 @@ def make_guard(
     optimizer: torch.optim.Optimizer,
     model: torch.nn.Module,
     folder: RunFolder,
+    processes: Processes,
     released: Released | None = None,
 ) -> TrainingGuard | None:
     """The recipe's guard, on the optimizer from now on; None where it is off."""
@@ -93,9 +96,12 @@ def make_guard(
         act=recipe.guard == "act",
         clip=recipe.clip != "none",
         tensor_ratio=TENSOR_RATIO if tensors else None,
-        snapshot_max_bytes=0,  # all on disk: a resumed run finds them again, and the plan's memory stays the run's
+        # All on disk: a resumed run finds them again, and the plan's memory stays the run's. Of several processes each
+        # keeps its own in host memory.
+        snapshot_max_bytes=0 if processes.count == 1 else Policy().snapshot_max_bytes,
     )
-    settings: Any = {"events": folder.events, "snapshots": folder.snapshots if kept else None, "raise_on_stop": False}
+    snapshots = folder.snapshots if kept and processes.count == 1 else None
+    settings: Any = {"events": folder.events, "snapshots": snapshots, "raise_on_stop": False}
     if released is not None:
         return ReleasedGuard(released, optimizer, model, policy, **settings)
     return TrainingGuard(optimizer, model, policy, **settings)
@@ -131,6 +137,7 @@ class Trainer(SFTTrainer):
         dtype: torch.dtype,
         *,
         packed: bool,
+        processes: Processes = Processes(),  # noqa: B008 (frozen: one process)
     ) -> None:
         import datasets
 
@@ -139,8 +146,8 @@ class Trainer(SFTTrainer):
         self.recipe = recipe
         self.folder = folder
         self.dtype = dtype
-        self.guard: TrainingGuard | None = None  # from `create_optimizer` on, as the next
-        self.layers: Attached | None = None
+        self.processes = processes
+        self.layers: Attached | None = None  # from `create_optimizer` on, as the next
         self.released: Released | None = None
         self.best = Best(recipe, folder.path)
         self._some_tokens = rows[0][0]["input_ids"][:4].tolist()
@@ -150,7 +157,7 @@ class Trainer(SFTTrainer):
             output_dir=str(folder.path.parent),  # made by transformers if absent; checkpoints go to _get_output_dir
             per_device_train_batch_size=recipe.micro_batch_size,
             per_device_eval_batch_size=recipe.micro_batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps // processes.count,
             num_train_epochs=recipe.epochs,
             max_steps=recipe.max_steps or -1,
             max_length=recipe.max_seq_length if packed else None,  # else the rows have their length already
@@ -165,12 +172,15 @@ class Trainer(SFTTrainer):
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             max_grad_norm=0.0,  # clipped in the step, by the optimizer or after the guard has seen the gradients
+            # Only a router leaves an adapter without a gradient.
+            ddp_find_unused_parameters=hasattr(model.config.get_text_config(), "output_router_logits"),
             save_strategy="steps",
             save_steps=recipe.save_steps,
             save_only_model=False,
             eval_strategy="no",  # evaluated here, by tokens
             logging_strategy="no",  # logged here, with the controller's values
-            report_to="none",
+            report_to=recipe.report_to,
+            run_name=folder.path.name,
             disable_tqdm=True,
             seed=recipe.seed,
             data_seed=recipe.seed,
@@ -188,8 +198,25 @@ class Trainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             if name in adapters:
                 parameter.data = adapters[name]
+        # TRL's counts stay those of this process; they are added up once per step and evaluation.
+        self.accelerator.gather_for_metrics = lambda input_data, use_gather_object=False: input_data
+        self.sequences = len(self.train_dataset)
+        if processes.count > 1:
+            self.train_dataset = datasets.concatenate_datasets([self.train_dataset, _untrained(self.train_dataset)])
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(folder.path / "tensorboard")
+        self.cruxy = CruxyCallback(
+            label=lambda step: Batch(self.step_ids, self.processing_class, processes),
+            settle=True,  # the host waits for each step's loss, to write it down
+        ).attach(self)
+
+    @property
+    def guard(self) -> TrainingGuard | None:
+        """From `create_optimizer` on."""
+        return self.cruxy.guard
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         parameters = [p for p in self.peft_model.parameters() if p.requires_grad]
@@ -197,17 +224,11 @@ class Trainer(SFTTrainer):
         ours = isinstance(self.optimizer, CruxyOptimizer)
 
         def hand_on(optimizer: Any, *_: Any) -> None:
-            if self.step_loss is None:
-                return
             entropy = _known(self.step_entropy / max(1, self.step_trained))
-            if ours:
-                optimizer.set_loss(self.step_loss)
-                if entropy is not None:
-                    optimizer.set_entropy(entropy)
-            elif self.layers is not None:
-                self.layers.observe(self.step_loss, entropy)
-            if self.guard is not None:
-                self.guard.observe(self.step_loss, batch=Batch(self.step_ids, self.processing_class))
+            if not ours and self.layers is not None:
+                self.layers.observe(self.cruxy.loss, entropy)
+            elif ours and entropy is not None:
+                optimizer.set_entropy(entropy)
 
         def clip(*_: Any) -> None:
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
@@ -219,7 +240,8 @@ class Trainer(SFTTrainer):
             self.layers = attach(self.optimizer, self.peft_model)
         if self.recipe.releases:
             self.released = release_gradients(self.peft_model, self.optimizer).attach(self)
-        self.guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder, self.released)
+        guard = make_guard(self.recipe, self.optimizer, self.peft_model, self.folder, self.processes, self.released)
+        self.cruxy.watch(self.optimizer, self.peft_model, guard=guard)
         if self.recipe.clip == "global" and not ours:
             self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
@@ -235,8 +257,13 @@ class Trainer(SFTTrainer):
         )
         return self.lr_scheduler
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.processes.count == 1:
+            return super()._get_train_sampler(train_dataset)
+        together = self.processes.count * self.args.per_device_train_batch_size
+        return Padded(self.sequences, self.recipe.seed, together)
+
     def _start_step(self) -> None:
-        self.step_loss: torch.Tensor | None = None
         self.step_tokens = self.step_trained = 0  # tokens read, and those with a label
         self.step_right = 0.0  # labels that the model put first
         self.step_entropy = 0.0  # of its output, summed over labels (nats)
@@ -244,15 +271,14 @@ class Trainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         trained = _label_count(inputs)
-        self.step_tokens += int(inputs["attention_mask"].sum())
+        real = (inputs["labels"] != -100).any(1, keepdim=True)  # not a row of `Padded`
+        self.step_tokens += int((inputs["attention_mask"] * real).sum())
         self.step_ids.append(inputs["input_ids"])
         if isinstance(self.guard, ReleasedGuard):
             self.guard.begin()
         loss = super().training_step(model, inputs, *args, **kwargs)
         if isinstance(self.guard, ReleasedGuard):
             self.guard.end()
-        # Each micro-batch's loss is already divided by the tokens (or steps) of the whole optimizer step.
-        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         self.step_trained += trained
         accuracy, entropy = self._take("train")
         self.step_right += accuracy * trained
@@ -289,24 +315,23 @@ class Trainer(SFTTrainer):
         partial = Path(self._get_output_dir(trial))
         with files.writing(self.folder.checkpoints):
             try:
-                super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(model, trial)  # each process writes the state of its random numbers
+                self.processes.wait()
                 written = partial / f"checkpoint-{self.state.global_step}"
-                if self.guard is not None:
-                    torch.save(self.guard.state_dict(), written / GUARD_STATE)
-                self.best.save(written)
-                self.folder.keep_checkpoint(written)
+                if self.processes.first:
+                    self.cruxy.save(written)
+                    self.best.save(written)
+                    self.folder.keep_checkpoint(written)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                if self.processes.first:
+                    shutil.rmtree(partial, ignore_errors=True)
+        self.processes.wait()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_guard(Path(checkpoint))
+            self.cruxy.load(Path(checkpoint))
             self.best.load(Path(checkpoint))
-
-    def _load_guard(self, checkpoint: Path) -> None:
-        if self.guard is not None:
-            self.guard.load_state_dict(torch.load(checkpoint / GUARD_STATE, weights_only=True))
 
     def restore_if_trained(self, checkpoint: Path) -> bool:
         """Takes step and result from `checkpoint` if it is that of the last step, after which no step may follow."""
@@ -316,7 +341,7 @@ class Trainer(SFTTrainer):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.create_optimizer()
-        self._load_guard(checkpoint)
+        self.cruxy.load(checkpoint)
         self.state = state
         return True
 
@@ -345,16 +370,19 @@ class Trainer(SFTTrainer):
         total = torch.zeros((), dtype=torch.float64)
         tokens = sequences = 0
         right = 0.0
-        one = torch.ones((), device=self.args.device)  # sum instead of mean
+        # The sum instead of the mean; of several processes each multiplies its loss by their number.
+        one = torch.full((), float(self.processes.count), device=self.args.device)
         with self._evaluating():
-            for batch in self.get_eval_dataloader():
+            for batch in self._held_out_batches():
                 batch = self._prepare_inputs(batch)
                 count = _label_count(batch)
                 tokens += count
                 sequences += len(batch["labels"])
                 total += self.compute_loss(self.peft_model, batch, num_items_in_batch=one).double().cpu()
                 right += self._take("eval")[0] * count
-        loss = float(total) / tokens
+        parts = self.processes.gather((float(total), tokens, sequences, right))
+        total, tokens, sequences, right = (sum(values) for values in zip(*parts, strict=True))
+        loss = total / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
             "loss": loss,
@@ -363,6 +391,14 @@ class Trainer(SFTTrainer):
             "tokens": tokens,
             "sequences": sequences,
         }
+
+    def _held_out_batches(self) -> Iterator[dict[str, Any]]:
+        """This process's part of the held-out batches, which are the same ones however many processes there are."""
+        rows: Any = self.eval_dataset
+        size = self.args.per_device_eval_batch_size
+        starts = range(0, len(rows), size)
+        for start in starts[self.processes.rank :: self.processes.count]:
+            yield self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
 
     def generate(self, ids: list[int], count: int) -> str:
         """The model's greedy continuation of `ids` by at most `count` tokens."""
@@ -427,16 +463,46 @@ def _label_count(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+def _untrained(dataset: Any) -> Any:
+    """A data set of one row like those of `dataset`, in which no token has a label."""
+    row = {name: values[:2] for name, values in dataset[0].items()}
+    return type(dataset).from_list([{**row, "labels": [-100] * 2}], features=dataset.features)
+
+
+class Padded(torch.utils.data.Sampler):
+    """The order of one process (accelerate's, of `count` rows), then the row after the last, which trains nothing, so
+    often that every process has as many whole micro-batches: else rows of the beginning would be trained on twice."""
+
+    def __init__(self, count: int, seed: int, multiple: int) -> None:
+        from accelerate.data_loader import SeedableRandomSampler
+
+        rows: Sized = range(count)
+        self.order = SeedableRandomSampler(rows, data_seed=seed)
+        self.count, self.padding = count, -count % multiple
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from [self.count] * self.padding
+
+    def __len__(self) -> int:
+        return self.count + self.padding
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
 class Batch:
     """The token ids of one step's micro-batches, as text where an event names them: the host need not read others'."""
 
-    def __init__(self, ids: list[torch.Tensor], tokenizer: Any) -> None:
-        self.ids, self.tokenizer = ids, tokenizer
+    def __init__(self, ids: list[torch.Tensor], tokenizer: Any, processes: Processes) -> None:
+        self.ids, self.tokenizer, self.processes = ids, tokenizer, processes
 
     def __repr__(self) -> str:
         rows = [row for part in self.ids for row in part.tolist()]
         texts = [self.tokenizer.decode(row, skip_special_tokens=True)[:60] for row in rows[:4]]
-        return ", ".join(map(repr, texts)) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        others = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        where = f" (of the first of {self.processes.count} processes)" if self.processes.count > 1 else ""
+        return ", ".join(map(repr, texts)) + others + where
 
 
 class Telemetry(TrainerCallback):
@@ -446,32 +512,34 @@ class Telemetry(TrainerCallback):
         self.trainer = trainer
         self.show = show
         self.last = time.perf_counter()
-        self.lr = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         # json has no NaN or infinity; null says that there was no finite value
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         path = self.trainer.folder.metrics
-        with files.writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.trainer.processes.first:
+            with files.writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.trainer.args.report_to:
+            shown: dict[str, Any] = {k: v for k, v in row.items() if isinstance(v, (int, float, str)) and k != "step"}
+            self.trainer.log(shown)
+            self.trainer.state.log_history.clear()  # metrics.jsonl has them, and the checkpoints need not
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.optimizer is not None
-        self.lr = float(self.trainer.optimizer.param_groups[0]["lr"])  # the scheduler moves on before on_step_end
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        assert trainer.step_loss is not None
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        trainer, cruxy = self.trainer, self.trainer.cruxy
+        assert cruxy.loss is not None
         now = time.perf_counter()
-        row: dict[str, Any] = {"step": state.global_step, "loss": float(trainer.step_loss), "lr": self.lr}
+        here = (float(cruxy.loss), trainer.step_tokens, trainer.step_trained, trainer.step_right)
+        parts = trainer.processes.gather(here)
+        total, tokens, trained, right = (sum(values) for values in zip(*parts, strict=True))
+        # Under DDP each process's loss is divided by the tokens of all and multiplied by their number.
+        row: dict[str, Any] = {"step": state.global_step, "loss": total / len(parts), "lr": float(cruxy.lr)}
+        row |= cruxy.numbers(state.global_step)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         if isinstance(optimizer, CruxyOptimizer):
-            metrics = optimizer.metrics()
-            row["lr_used"] = metrics["lr"]
-            row |= {name: value for name, value in metrics.items() if name not in ("step", "loss", "lr", "lrs")}
             multipliers = optimizer.layer_multipliers()
         else:
             multipliers = {} if trainer.layers is None else trainer.layers.multipliers()
@@ -482,10 +550,9 @@ class Telemetry(TrainerCallback):
             scaled = ["loss_scale"] if trainer.dtype is torch.float16 else []
             row |= {name: found[name] for name in ("grad_norm", "max_grad", "nonfinite", *scaled)}
             row["skipped"] = int(found["nonfinite"] > 0 or not math.isfinite(row["loss"]))
-        row |= self._guarded(row)
         row["skipped"] = int(self._was_skipped(row))
-        row["accuracy"] = _known(trainer.step_right / max(1, trainer.step_trained))
-        row |= {"epoch": state.epoch, "tokens": trainer.step_tokens, "seconds": now - self.last}
+        row["accuracy"] = _known(right / max(1, trained))
+        row |= {"epoch": state.epoch, "tokens": tokens, "seconds": now - self.last}
         trainer._start_step()
         if torch.cuda.is_available() and args.device.type == "cuda":
             row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
@@ -501,27 +568,6 @@ class Telemetry(TrainerCallback):
         guard = self.trainer.guard
         by_guard = guard is not None and guard.policy.act and SKIP in row.get("actions", ())
         return bool(self.trainer.accelerator.optimizer_step_was_skipped or row.get("skipped") or by_guard)
-
-    def _guarded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What the guard saw in this step and did. The host has just waited for the step's loss: this waits no more."""
-        guard = self.trainer.guard
-        if guard is None:
-            return {}
-        found: dict[str, Any] = {}
-        if "lr_used" not in row and guard.lr_factor != 1:
-            found["lr_used"] = row["lr"] * guard.lr_factor
-        known = len(guard.log)
-        if self.trainer.accelerator.optimizer_step_was_skipped:
-            guard.overflowed()
-        guard.settle()
-        metrics = guard.metrics
-        if metrics["step"] == row["step"]:
-            new = [name for name in ("grad_norm", "update_ratio") if name in metrics and name not in row]
-            found |= {name: metrics[name] for name in new}
-        found["regime"] = guard.regime.value
-        if actions := [event.kind for event in guard.log.events[known:] if event.kind in ACTIONS]:
-            found["actions"] = actions
-        return found
 
 
 class GradientRecorder(TrainerCallback):
@@ -552,10 +598,11 @@ class GradientRecorder(TrainerCallback):
 
 class Interruption(TrainerCallback):
     """Ctrl-C and SIGTERM: while training, the step in progress is finished and saved, and a second one ends the
-    process at once; elsewhere KeyboardInterrupt. `number` is that of the signal."""
+    process at once; elsewhere KeyboardInterrupt. `number` is that of the signal, to whichever process it came."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], processes: Processes) -> None:
         self.say = say
+        self.processes = processes
         self.number: int | None = None
         self.training = False
 
@@ -566,6 +613,8 @@ class Interruption(TrainerCallback):
         self.training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A launcher tells all of its processes to stop, but not in the same step.
+        self.number = next((number for number in self.processes.gather(self.number) if number is not None), None)
         if self.number is not None:
             control.should_save = True
             control.should_training_stop = True

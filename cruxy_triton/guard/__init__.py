@@ -5,22 +5,16 @@
 attaches through the optimizer's step hooks. docs/guard.md has the regimes, thresholds, actions and budgets.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from cruxy_triton.guard.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from cruxy_triton.guard.events import Event, EventLog, read_events
 from cruxy_triton.guard.guard import TrainingGuard, TrainingStopped
 from cruxy_triton.guard.policy import Policy
 from cruxy_triton.guard.regimes import Regime
 
-if TYPE_CHECKING:
-    from cruxy_triton.guard.callback import GuardCallback
-
 __all__ = [
     "CheckpointError",
     "Event",
     "EventLog",
-    "GuardCallback",
     "Policy",
     "Regime",
     "TrainingGuard",
@@ -29,11 +23,3 @@ __all__ = [
     "read_events",
     "save_checkpoint",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "GuardCallback":  # transformers is an optional dependency
-        from cruxy_triton.guard.callback import GuardCallback
-
-        return GuardCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

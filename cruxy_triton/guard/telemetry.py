@@ -112,14 +112,14 @@ class Telemetry:
 
     def _norms(self, grads: list[Tensor | None], scale: Tensor | None) -> Tensor:
         """The unscaled norm of each tensor's gradient (0 where there is none), from several devices on one."""
-        by_device: dict[torch.device, list[int]] = {}
+        by_device: dict[torch.device, dict[int, Tensor]] = {}
         for i, grad in enumerate(grads):
             if grad is not None:
-                by_device.setdefault(grad.device, []).append(i)
+                by_device.setdefault(grad.device, {})[i] = grad
         out = torch.zeros(len(grads), device=self.device)
         for part in by_device.values():
-            norms = torch.stack(torch._foreach_norm([grads[i] for i in part], 2, dtype=torch.float32))
-            index = torch.tensor(part, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+            norms = torch.stack(torch._foreach_norm(list(part.values()), 2, dtype=torch.float32))
+            index = torch.tensor(list(part), pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
             out.index_copy_(0, index, norms.to(self.device, non_blocking=True))
         return out if scale is None else out / scale
 

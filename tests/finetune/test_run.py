@@ -700,3 +700,31 @@ def test_the_plot_has_the_regimes_and_the_actions(tmp_path: Path, monkeypatch) -
     named = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert {"warming", "unstable", "recovering", "skip", "rollback"} <= set(named)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_go_to_tensorboard_too(train, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(report_to="tensorboard")
+    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    written = rows(tmp_path / "run")
+    for name, key in (("train/loss", "loss"), ("train/phase", "phase"), ("eval/loss", "eval_loss")):
+        expected = [(row["step"], row[key]) for row in written if key in row]
+        assert len(expected) >= 2
+        found = [(event.step, event.value) for event in seen.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in expected], name
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=1e-6)
+    checkpoint = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["log_history"] == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_reporter_that_is_not_installed_is_refused(name: str, train, tmp_path: Path, monkeypatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == name else real(n, *rest))
+    with pytest.raises(UserError, match=f"--report-to {name} needs the package {name}, .* pip install {name}"):
+        train(report_to=name)
+    assert list(tmp_path.iterdir()) == []

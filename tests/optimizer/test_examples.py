@@ -10,10 +10,13 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("name", ["training_loop.py", "trainer_subclass.py"])
+NEEDS = {"hf_trainer.py": "transformers", "accelerate_loop.py": "accelerate", "lightning_loop.py": "lightning"}
+
+
+@pytest.mark.parametrize("name", ["training_loop.py", *NEEDS])
 def test_example(name, tmp_path):
-    if name == "trainer_subclass.py":
-        pytest.importorskip("transformers")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],
         cwd=tmp_path,
