@@ -62,9 +62,13 @@ def _asked(error: BaseException) -> str:
 
 
 def release(error: BaseException | None) -> None:
-    """Lets go of the model and all else that the frames of `error`, which has left them, hold."""
+    """Lets go of the model and all else that the frames of `error`, which has left them, hold.
+
+    Its traceback goes with them: a frame that is cleared still holds its function, and with it what that encloses.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         error = error.__cause__ or error.__context__
     gc.collect()
     if torch.cuda.is_available():

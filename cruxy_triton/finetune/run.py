@@ -107,9 +107,7 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
                 stack.enter_context(folder.locked(hooks.say))
         while True:
             try:
-                with together.together():
-                    run = _Run(recipe, folder, hooks, ran_out, together)
-                return run.go(record_gradients if together.first else 0)
+                return _attempt(recipe, folder, hooks, ran_out, together, record_gradients if together.first else 0)
             except retry.OutOfMemory as error:
                 retry.release(error)
                 # Of several processes one alone cannot change what all of them compute.
@@ -126,6 +124,20 @@ def finetune(recipe: Recipe, folder: RunFolder, hooks: Hooks, *, record_gradient
                 if not processes.lost(error):
                     raise
                 raise TrainingFailed("another process of this run has ended; its own message says why") from error
+
+
+def _attempt(
+    recipe: Recipe,
+    folder: RunFolder,
+    hooks: Hooks,
+    ran_out: list[str],
+    together: processes.Processes,
+    record_gradients: int,
+) -> Result:
+    """A frame of its own, so that `retry.release` reaches what an attempt holds."""
+    with together.together():
+        run = _Run(recipe, folder, hooks, ran_out, together)
+    return run.go(record_gradients)
 
 
 def dry_run(recipe: Recipe, folder: RunFolder, hooks: Hooks) -> dict[str, Any]:
