@@ -226,13 +226,13 @@ def test_a_resumed_run_forgets_later_steps_and_a_cut_line(tmp_path: Path) -> Non
     folder = RunFolder(tmp_path / "run")
     folder.begin()
     rows = [json.dumps({"step": s}) for s in range(6)]
-    rows[4:4] = [json.dumps({"step": 3, "eval_loss": 1.0})]
+    rows[4:4] = [json.dumps({"step": 3, "eval_loss": 1.0, **last}) for last in ({}, {"final": True})]
     for step in (2, 3, 5):
         (folder.checkpoints / f"checkpoint-{step}").mkdir()
     folder.metrics.write_text("\n".join(rows) + '\n{"step": 6, "lo')
-    assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3, 3, 4, 5]
+    assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3, 3, 3, 4, 5]
     folder.drop_after(folder.checkpoints / "checkpoint-3")
-    assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3]
+    assert [(r["step"], "final" in r) for r in folder.read_metrics()] == [(s, False) for s in (0, 1, 2, 3, 3)]
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
