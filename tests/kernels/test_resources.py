@@ -167,7 +167,7 @@ def test_counts_and_addresses_of_a_step_compile_nothing_anew():
     from cruxy_kernels.inspect.variants import all_variants
 
     buffer = torch.zeros(4096)  # 64-byte aligned; [1:] is not
-    pointers = {"*fp32": buffer, "*i64": buffer.long(), "*i32": buffer.int()}
+    pointers = {"*fp32": buffer, "*i64": buffer.long(), "*i32": buffer.int(), "*i16": buffer.short()}
     scalars = ("loss_pointer", "found_inf", "grad_scale")  # of the caller: anywhere
     checked = set()
     for variant in all_variants():
@@ -190,4 +190,5 @@ def test_counts_and_addresses_of_a_step_compile_nothing_anew():
                     checked.update({name} & set(scalars))
             keys.add(specialisation(variant.kernel, arguments))
         assert len(keys) == 1, f"{variant.name} is compiled {len(keys)} times: {keys}"
-    assert checked == {"chunks", "chunks_per_program", "count", "partials", "log_length", "rows", *scalars}
+    numbers = {"chunks", "chunks_per_program", "count", "first", "layers", "log_length", "partials", "rows", "seed"}
+    assert checked == numbers | {"tensors", *scalars}

@@ -159,10 +159,12 @@ def test_what_is_pinned_stays():
         lora_dropout=0.1,
         method="lora",
         release=False,
+        use_dora=False,
+        rank_pattern=["v_proj=8"],
     )
     found = plan("qwen2.5-1.5b", "rtx3060-12gb", **pinned)
     assert found.config == Configuration(
-        **pinned | {"target_modules": ("q_proj", "v_proj"), "device": "cuda", "vram_bytes": None}
+        **pinned | {"target_modules": ("q_proj", "v_proj"), "rank_pattern": ("v_proj=8",), "device": "cuda", "vram_bytes": None}
     )
     assert found.config.gradient_accumulation == 5
     assert found.config.precision == "nf4"

@@ -165,7 +165,10 @@ if HAS_TRITON:
             tl.where(outlier, streak + 1, 0.0),
         )
 
-    @triton.jit(do_not_specialize=["first", "tensors"])
+    @triton.jit(
+        do_not_specialize=["first", "tensors"],
+        do_not_specialize_on_alignment=["loss_pointer", "found_inf", "grad_scale"],
+    )
     def judge_kernel(
         entries,  # int64 (tensors, COLUMNS)
         chunk_entry,  # int32 (chunks,)
