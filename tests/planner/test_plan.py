@@ -163,9 +163,8 @@ def test_what_is_pinned_stays():
         rank_pattern=["v_proj=8"],
     )
     found = plan("qwen2.5-1.5b", "rtx3060-12gb", **pinned)
-    assert found.config == Configuration(
-        **pinned | {"target_modules": ("q_proj", "v_proj"), "rank_pattern": ("v_proj=8",), "device": "cuda", "vram_bytes": None}
-    )
+    kept = {"target_modules": ("q_proj", "v_proj"), "rank_pattern": ("v_proj=8",)}
+    assert found.config == Configuration(**pinned | kept | {"device": "cuda", "vram_bytes": None})
     assert found.config.gradient_accumulation == 5
     assert found.config.precision == "nf4"
 
