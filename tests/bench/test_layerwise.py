@@ -107,6 +107,7 @@ def test_records_and_bad_data(tmp_path):
         layerwise.records_text(path)
 
 
+@pytest.mark.slow
 def test_as_a_command(command, words):
     names = ("AdamW", "BLADE (damped)")
     given = ("bench", "layerwise", "--quick", "--data", words, "--json", "--out", "runs.jsonl", "--workers", "2")

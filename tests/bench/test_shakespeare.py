@@ -90,6 +90,7 @@ def test_the_text_is_fetched_once_and_never_silently_another(tmp_path, monkeypat
         shakespeare.find_text(tmp_path / "short.txt", tmp_path, said.append)
 
 
+@pytest.mark.slow
 def test_as_a_command(command, words):
     names = ("torch AdamW", "Meta-Lion, 8-bit state")
     done = command("bench", "shakespeare", "--quick", "--data", words, "--optimizers", *names, "--json",

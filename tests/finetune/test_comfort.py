@@ -326,7 +326,9 @@ def test_patience_without_evaluations_is_refused() -> None:
 # -- --lr auto -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["cruxy", "cruxy-lion", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["cruxy", "adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cruxy-lion", "sgd"))]
+)
 def test_the_run_is_that_of_the_rate_found(optimizer: str, train, tmp_path: Path) -> None:
     """Every optimizer: the search leaves weights, optimizer, random numbers and guard as they were."""
     _, record, rows, said = train("auto", lr="auto", optimizer=optimizer)

@@ -44,7 +44,7 @@ def stock_loss(model: torch.nn.Module, tokenizer, records: list[dict], max_lengt
     return total / tokens
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", [32, 4], ids=["float32", "nf4"])
 def test_adapter_loads_with_plain_peft_and_gives_the_same_loss(
     architecture: str, bits: int, small_model, questions: Path, command
@@ -143,7 +143,7 @@ def wait_for_steps(folder: Path, count: int, process, timeout: float = 120) -> N
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("optimizer", ["cruxy", "cruxy-lion"])
+@pytest.mark.parametrize("optimizer", [pytest.param("cruxy", marks=pytest.mark.slow), "cruxy-lion"])
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
     optimizer: str, small_model, questions: Path, command
 ) -> None:
@@ -167,7 +167,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
     assert (command.folder / "whole" / adapter).read_bytes() == (command.folder / "broken" / adapter).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_ctrl_c_saves_first_and_the_run_goes_on(number: int, small_model, questions: Path, command) -> None:
     words = ("finetune", small_model(), "--data", questions, *RESUMED)
     whole = command(*words, "--output", "whole")
@@ -260,7 +260,10 @@ def test_gradients_are_recorded_for_the_steps_asked_for(small_model, questions: 
     assert norm == pytest.approx(row["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "phi", "qwen3", "gpt2"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen3", "gpt2")]
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "phi", *SLOW])
 def test_other_architectures_train(architecture: str, small_model, questions: Path, command) -> None:
     model = small_model(architecture)
     done = command("finetune", model, "--data", questions, "--output", "run", "--lr", "0.01", *QUICK)
@@ -295,6 +298,7 @@ def test_a_saved_plan_is_obeyed(small_model, questions: Path, command) -> None:
     assert run["plan"]["config"] == answer.to_dict()["config"]
 
 
+@pytest.mark.slow
 def test_whole_logits_give_the_same_losses_as_tiles(small_model, questions: Path, command) -> None:
     words = ("finetune", small_model(), "--data", questions, "--optimizer", "sgd", "--micro-batch-size", "2", *QUICK)
     for name, extra in (("tiles", ()), ("whole", ("--no-chunked-loss",))):
@@ -351,6 +355,7 @@ def test_a_full_run_as_a_process(small_model, questions: Path, command, capsys) 
     assert "holds no adapter to merge" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_it_is_bit_for_bit_the_uninterrupted_run(small_model, questions: Path, command) -> None:
     """Once by SIGKILL in the middle of a step, once by Ctrl-C; codes of 4 bits are rounded at random."""
     # So small that PyTorch serves each step, whether or not the loops for CPUs have been compiled by then.

@@ -78,6 +78,7 @@ def test_two_processes_are_one_run(small_model, sums: Path, command) -> None:
     assert "on each of 2 devices, of every step's sequences 4" in output
 
 
+@pytest.mark.slow
 def test_both_stop_and_go_on_and_neither_survives_the_other(small_model, sums: Path, command) -> None:
     words = ("finetune", small_model(), "--data", sums, *RUN, "--epochs", "2")
     process = start(command, *words, "--output", "broken")
