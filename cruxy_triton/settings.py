@@ -30,6 +30,7 @@ DEFAULT_LR = {"cruxy": 4e-4, "cruxy-lion": 1e-4, "adamw": 2e-4, "sgd": 0.5}
 # Lion rule's, which is adamw's. Each tensor is clipped against its own history, so that the norms bound no rate.
 FULL_LR = {"cruxy": 4e-5, "cruxy-lion": 2e-5, "adamw": 2e-5, "sgd": 0.5}
 BATCH_SIZE = 8
+TORCHS = ("adamw", "sgd")  # optimizers that are not CruxyOptimizer
 STATE_BITS = {"cruxy": (32, 8), "cruxy-lion": (32, 8, 4), "adamw": (32,), "sgd": (32,)}
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 AUTO = "auto"  # of --lr: the best of a few rates that are tried before the run
@@ -446,7 +447,7 @@ def check_together(values: Mapping[str, Any]) -> None:
         kept = " or ".join(map(str, sorted(STATE_BITS[optimizer], reverse=True)))
         raise UserError(f"--state-bits {bits} is for --optimizer {able}; {optimizer} keeps {kept} bits")
     guard = values.get("guard")
-    if values.get("clip") == "tensor" and optimizer in ("adamw", "sgd") and guard not in (None, "act"):
+    if values.get("clip") == "tensor" and optimizer in TORCHS and guard not in (None, "act"):
         raise UserError(
             f"--clip tensor with --optimizer {optimizer} is done by the guard, which --guard {guard} keeps from "
             "acting; give --guard act, or --optimizer cruxy, which clips inside its own update"
@@ -464,7 +465,7 @@ def check_together(values: Mapping[str, Any]) -> None:
             raise UserError("--lr auto is for adapters, which are put back after each trial; give a rate")
         if values.get("load_in_4bit"):
             raise UserError("4-bit weights cannot learn; leave --load-in-4bit out of --method full, or take LoRA")
-        if values.get("dtype") == "float16" and optimizer in ("adamw", "sgd"):
+        if values.get("dtype") == "float16" and optimizer in TORCHS:
             raise UserError(
                 f"--optimizer {optimizer} cannot train float16 weights: its state would be float16 too, and no "
                 "GradScaler takes their gradients; give --optimizer cruxy-lion or cruxy, or --dtype float32"
@@ -479,7 +480,7 @@ def check_together(values: Mapping[str, Any]) -> None:
 
 
 def _check_release(optimizer: str | None, batch: int | None, micro: int | None) -> None:
-    if optimizer in ("adamw", "sgd"):
+    if optimizer in TORCHS:
         raise UserError(f"--release is for --optimizer cruxy or cruxy-lion; {optimizer} has no update in backward")
     if batch is not None and micro is not None and batch != micro:
         raise UserError(

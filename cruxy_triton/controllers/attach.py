@@ -24,10 +24,11 @@ import cruxy_kernels as kernels
 from cruxy_kernels import layout as L
 from cruxy_triton import distributed
 from cruxy_triton.controllers.blade import Blade
-from cruxy_triton.controllers.layers import LayerControl, StepTensors, layer_name
+from cruxy_triton.controllers.layers import LayerControl, StepTensors, in_layers
 from cruxy_triton.controllers.sketch_align import SketchAlign
 
 LAYER = "layer"  # of a group: its layer's name
+PER_PARAMETER = ("params", "param_names")  # what of a group has an entry for each parameter
 # Optimizers of others that decay the weights themselves, at the rate of the group.
 DECOUPLED = ("AdamW", "PagedAdamW", "Lion", "PagedLion")
 
@@ -184,20 +185,14 @@ class Attached:
 
 def split_by_layer(groups: Sequence[dict[str, Any]], names: dict[Tensor, str]) -> list[dict[str, Any]]:
     """The groups, each cut into one for each of its layers, which it names as `layer`."""
-    found, number = [], 0
-    for group in groups:
-        parts: dict[str, list[int]] = {}
-        given = group.get("param_names") or [None] * len(group["params"])
-        for at, (p, own) in enumerate(zip(group["params"], given, strict=True)):
-            own = names.get(p, own)
-            parts.setdefault(f"parameter {number}" if own is None else layer_name(own), []).append(at)
-            number += 1
-        for layer, places in parts.items():
-            part = {**group, LAYER: layer, "params": [group["params"][at] for at in places]}
-            if "param_names" in group:
-                part["param_names"] = [given[at] for at in places]
-            found.append(part)
-    return found
+    parts: dict[tuple[int, str], list[int]] = {}
+    for index, place, layer in in_layers(groups, names):
+        parts.setdefault((index, layer), []).append(place)
+    return [
+        {**groups[index], LAYER: layer, **{key: [groups[index][key][at] for at in places] for key in PER_PARAMETER
+                                           if key in groups[index]}}
+        for (index, layer), places in parts.items()
+    ]  # fmt: skip
 
 
 def _decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:

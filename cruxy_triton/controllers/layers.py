@@ -8,7 +8,7 @@ torch.distributed.checkpoint find it.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,19 @@ def layer_name(parameter: str) -> str:
     return module if module != parameter else parameter.rpartition(".")[0] or parameter
 
 
+def in_layers(
+    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str] | None = None
+) -> Iterator[tuple[int, int, str]]:
+    """Of each parameter its group's number, its place there and its layer; `names` go before the groups' own."""
+    number = 0
+    for index, group in enumerate(groups):
+        given = group.get("param_names") or [None] * len(group["params"])
+        for place, (p, own) in enumerate(zip(group["params"], given, strict=True)):
+            name = own if names is None else names.get(p, own)
+            yield index, place, f"parameter {number}" if name is None else layer_name(name)
+            number += 1
+
+
 class Layers:
     """The layers of some parameter groups, in the order in which their first tensors come.
 
@@ -44,28 +57,21 @@ class Layers:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str] | None = None) -> None:
-        self.names: list[str] = []
-        self.numels: list[int] = []
+        numbers: dict[str, int] = {}
+        numels: dict[str, int] = {}
         self.home: dict[Tensor, tuple[int, int]] = {}
-        number = 0
-        for group in groups:
-            given = group.get("param_names") or [None] * len(group["params"])
-            for p, own in zip(group["params"], given, strict=True):
-                if distributed.is_sharded(p):
-                    raise ValueError(
-                        "layer-wise control does not serve sharded parameters (FSDP2, tensor parallel); use "
-                        "layerwise=None with them, or DDP"
-                    )
-                own = names.get(p, own) if names is not None else own
-                layer = f"parameter {number}" if own is None else layer_name(own)
-                number += 1
-                if layer not in self.names:
-                    self.names.append(layer)
-                    self.numels.append(0)
-                at = self.names.index(layer)
-                self.home[p] = at, self.numels[at]
-                self.numels[at] += p.numel()
-        self.numels = [max(1, numel) for numel in self.numels]
+        for index, place, layer in in_layers(groups, names):
+            p = groups[index]["params"][place]
+            if distributed.is_sharded(p):
+                raise ValueError(
+                    "layer-wise control does not serve sharded parameters (FSDP2, tensor parallel); use "
+                    "layerwise=None with them, or DDP"
+                )
+            start = numels.setdefault(layer, 0)
+            self.home[p] = numbers.setdefault(layer, len(numbers)), start
+            numels[layer] += p.numel()
+        self.names = list(numels)
+        self.numels = [max(1, numel) for numel in numels.values()]
 
 
 class StepTensors:

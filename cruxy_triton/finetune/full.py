@@ -13,7 +13,7 @@ import torch
 
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.planner.optimizers import FINETUNE_OPTIMIZERS, OPTIMIZERS
-from cruxy_triton.settings import check_together
+from cruxy_triton.settings import TORCHS, check_together
 
 # The guard's snapshots of a run go to its disk, seven of them at most. A copy that is larger than this (bytes) is not
 # taken: each would stop the training for many seconds, and putting one back needs the memory of a second state.
@@ -23,7 +23,7 @@ LARGEST_SNAPSHOT = 1 << 30
 def check(recipe: Recipe, dtype: torch.dtype) -> list[str]:
     """Notes on a run in `dtype`, which the device may have decided. Raises UserError where it cannot be trained."""
     check_together({**vars(recipe), "dtype": str(dtype).removeprefix("torch.")})
-    if recipe.method == "full" and recipe.optimizer in ("adamw", "sgd") and dtype is torch.bfloat16:
+    if recipe.method == "full" and recipe.optimizer in TORCHS and dtype is torch.bfloat16:
         return [
             f"note: {recipe.optimizer} rounds bfloat16 weights to the nearest, which loses steps that are smaller than "
             "their spacing; cruxy-lion and cruxy round at random"

@@ -28,7 +28,7 @@ from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.preview import steps_of
 from cruxy_triton.finetune.recipe import Recipe
 from cruxy_triton.finetune.train import Trainer
-from cruxy_triton.settings import DEFAULT_LR
+from cruxy_triton.settings import DEFAULT_LR, TORCHS
 
 STEPS = 12  # at each rate: what was tried to pick the rate that is also the best of whole runs
 APART = 3.0
@@ -163,7 +163,7 @@ def _split(rows: Rows, recipe: Recipe, steps: int, packed: bool) -> tuple[Rows, 
 
 def _trial_recipe(recipe: Recipe, lr: float, steps: int) -> Recipe:
     # The clipping of each tensor is the guard's work where the optimizer has none of its own.
-    guarded = recipe.clip == "tensor" and recipe.optimizer in ("adamw", "sgd")
+    guarded = recipe.clip == "tensor" and recipe.optimizer in TORCHS
     return replace(
         recipe,
         lr=lr,

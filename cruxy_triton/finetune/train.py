@@ -40,6 +40,7 @@ from cruxy_triton.guard.released import ReleasedGuard
 from cruxy_triton.integrations.transformers import CruxyCallback
 from cruxy_triton.optimizer import CruxyOptimizer
 from cruxy_triton.release import Released, release_gradients
+from cruxy_triton.settings import TORCHS
 
 # How far the answer at a token may change, as a part of the largest one, with the tokens after it: the rounding of
 # experts that see other numbers of tokens, in 16 bits. A model that looks ahead changes by more.
@@ -63,7 +64,7 @@ def parameter_groups(recipe: Recipe, model: torch.nn.Module) -> list[Any]:
 
 def make_optimizer(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
     """The recipe's optimizer over `parameters`, or groups of them."""
-    if recipe.optimizer in ("adamw", "sgd"):
+    if recipe.optimizer in TORCHS:
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
         return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return CruxyOptimizer(

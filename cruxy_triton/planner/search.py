@@ -230,7 +230,7 @@ class _Space:
     def _learning(self, dtypes: list[str]) -> list[Weights]:
         """Whole gradients first: they can be clipped by their norm, and a step can take more than a micro-batch."""
         found = [Weights(dtype, release=release) for release in (False, True) for dtype in dtypes]
-        if self.given.get("optimizer") in ("adamw", "sgd"):
+        if self.given.get("optimizer") in settings.TORCHS:
             found = [x for x in found if not x.release and x.dtype != "float16"]
         return [x for x in found if x.release == self.given.get("release", x.release)]
 
@@ -481,7 +481,7 @@ def _needed(judge: _Judge, space: _Space, nearest: Configuration) -> Option:
     if space.pins("lora_r") and nearest.lora_r > 4:
         changes.append(("--lora-r 4", replace(nearest, lora_r=4, lora_alpha=space.alpha(4))))
     if space.method == "full":
-        if not nearest.release and nearest.optimizer not in ("adamw", "sgd"):
+        if not nearest.release and nearest.optimizer not in settings.TORCHS:
             batch = nearest.micro_batch_size
             changes.append(("--release", replace(nearest, dtype=half, release=True, batch_size=batch)))
         lora = replace(

@@ -267,9 +267,7 @@ def judge(
     tensors = state.shape[1] - 1
     out = torch.empty(judgement_size(tensors))
     numbers = [None if value is None else value.data_ptr() for value in (loss, grad_scale, found_inf)]
-    thresholds = (ctypes.c_float * 6)(
-        sigmas, limits.far, limits.skip, 1 / limits.memory, limits.patience, limits.log_ratio
-    )
+    thresholds = (ctypes.c_float * 6)(*limits.thresholds(sigmas))
     rows, present = (None, 0) if table is None else (table.data_ptr(), len(table))
     _loops().judge(
         rows, present, None if norms is None else norms.data_ptr(), tensors, state.data_ptr(), out.data_ptr(), *numbers,

@@ -52,6 +52,11 @@ class Limits:
     def log_ratio(self) -> float:
         return math.inf if self.ratio is None else math.log(self.ratio)
 
+    def thresholds(self, sigmas: float) -> list[float]:
+        """The numbers of the law as kernel and loops take them, in their order."""
+        numbers = (sigmas, self.far, self.skip, 1 / self.memory, self.patience, self.log_ratio)
+        return [1.0 * number for number in numbers]  # Triton compiles anew for a whole number
+
 
 def size(tensors: int) -> int:
     """How many numbers the judgement of this many tensors has."""
@@ -367,9 +372,7 @@ def launch_judge(
         "CLIP": CLIPS[limits.clip], "HAS_LOSS": loss is not None, "HAS_GRAD_SCALE": grad_scale is not None,
         "HAS_FOUND_INF": found_inf is not None, "LINES": T.CHUNK // 8, "LANES": LANES, "LAYOUT": L.KEY + T.KEY,
     }  # fmt: skip
-    # As floating-point numbers: Triton compiles anew for a whole one.
-    thresholds = [1.0 * x for x in (sigmas, limits.far, limits.skip, 1 / limits.memory, limits.patience)]
-    thresholds.append(limits.log_ratio)
+    thresholds = limits.thresholds(sigmas)
     with on_device(state.device):
         if isinstance(given, Tensor):
             launch(
