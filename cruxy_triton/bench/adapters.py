@@ -1,4 +1,4 @@
-"""LoRA on SmolLM2-135M over GSM8K, as the stress suite trains it: short pieces of one long text, few steps.
+"""LoRA on SmolLM2-135M over GSM8K, as grids of runs train it: short pieces of one long text, few steps.
 
 Questions and answers of the training file follow each other as one stream of tokens, of which a step takes random
 pieces; those of the test file are held out.
@@ -23,7 +23,7 @@ RANK = 8
 # Layers and width are the model's; a step of these is about three seconds on two cores.
 FULL = Size(layers=30, width=576, context=64, batch=8, steps=40, evaluations=6)
 QUICK = Size(layers=30, width=576, context=16, batch=2, steps=2, evaluations=1)
-# The best of a coarse grid, ten and thirty times that.
+# AdamW's: the best of a coarse grid, ten and thirty times that.
 RATES = (1e-3, 1e-2, 3e-2)
 
 
@@ -38,11 +38,12 @@ class Adapted(nn.Module):
 
         logging.disable_progress_bar()  # a line per run is what there is to see
         base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        base.config.use_cache = False
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model: Any = get_peft_model(base, config)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model(input_ids=inputs, use_cache=False).logits
+        logits = self.model(input_ids=inputs).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()

@@ -6,6 +6,9 @@ peak, then linear to 0; AdamW with betas .9/.999 and decay .01; gradients clippe
 seen them. The peak is AdamW's best of five by validation loss on the first seed; every contestant then runs at 1, 3, 10
 and 30 times it, with float32 gradients and with emulated float16 ones: multiplied by a dynamic loss scale, rounded to
 float16 and divided again, and a step with an overflow is skipped.
+
+With `--model smollm2` the same, smaller, for LoRA on SmolLM2-135M (`adapters.py`): float32 gradients, 80 steps, one and
+ten times the rate that is AdamW's best there.
 """
 
 import functools
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cruxy_triton.bench import adapters
 from cruxy_triton.bench.characters import Size, Text, embedded_text, read_text
 from cruxy_triton.bench.runs import Runs
 from cruxy_triton.bench.shakespeare import find_text
@@ -29,9 +33,11 @@ from cruxy_triton.errors import UserError
 
 FULL = Size(layers=8, width=64, context=64, batch=16, steps=350, evaluations=12)
 QUICK = Size(layers=2, width=32, context=32, batch=8, steps=60, evaluations=2)
+LORA_FULL = replace(adapters.FULL, steps=80, evaluations=12)
 SEEDS = (1337, 1, 2)
 PEAKS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FACTORS = (1.0, 3.0, 10.0, 30.0)
+LORA_FACTORS = (1.0, 10.0)
 GRADIENTS = ("fp32", "fp16")
 WARMUP = 50
 POINTS = 100  # of a curve
@@ -53,6 +59,7 @@ class Cell:
     seed: int
     data: Path | None
     size: Size
+    model: str = "characters"
 
     def key(self) -> tuple[Any, ...]:
         return self.contestant, self.peak, self.gradients, self.seed
@@ -101,7 +108,9 @@ def records_text(path: Path) -> str:
 
 
 @functools.cache
-def _text(data: Path | None, size: Size) -> Text:
+def _text(model: str, data: Path | None, size: Size) -> Text | adapters.Questions:
+    if model == "smollm2":
+        return adapters.Questions(data, size)
     return Text(embedded_text() if data is None else records_text(data), size)
 
 
@@ -128,7 +137,7 @@ def loss_and_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, text: Text) -> float:
+def held_out_loss(model: nn.Module, text: Text | adapters.Questions) -> float:
     batches = range(10**9, 10**9 + text.size.evaluations)
     losses = [float(loss_and_entropy(model, *text.batch(i, held_out=True))[0]) for i in batches]
     mean = statistics.fmean(losses)
@@ -166,10 +175,10 @@ class Float16:
 
 def play(cell: Cell) -> Run:
     """The run of one cell; deterministic, but for the times."""
-    text, size = _text(cell.data, cell.size), cell.size
+    text, size = _text(cell.model, cell.data, cell.size), cell.size
     torch.manual_seed(cell.seed)
-    model = make_model(text.symbols, size)
-    params: list[Tensor] = list(model.parameters())
+    model = text.model().model if isinstance(text, adapters.Questions) else make_model(text.symbols, size)
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cell.peak, betas=(0.9, 0.999), weight_decay=0.01)
     attach = CONTESTANTS[cell.contestant]
     control = None if attach is None else attach(optimizer, model)
@@ -253,8 +262,8 @@ def times(peak: float, factor: float) -> float:
 
 
 def report(
-    *, quick: bool, data: Path | None, contestants: list[str] | None, seeds: int, workers: int, out: Path | None,
-    plot: Path | None, peak: float | None, cache: Path, say: Callable[[str], Any],
+    *, model: str, quick: bool, data: Path | None, contestants: list[str] | None, seeds: int, workers: int,
+    out: Path | None, plot: Path | None, peak: float | None, cache: Path, say: Callable[[str], Any],
 ) -> dict[str, Any]:
     """The whole benchmark; see `bench layerwise --help`.
 
@@ -271,11 +280,14 @@ def report(
         raise UserError("--workers must be at least 1")
     if peak is not None and not 0 < peak < math.inf:
         raise UserError(f"--peak is {peak}; expected a rate above 0")
-    if data is not None:
-        records_text(data)
-    path, source = (data, str(data)) if data is not None else find_text(data, cache, say)
+    if model == "smollm2":
+        path, source, peak = data, adapters.NAME, peak or adapters.RATES[0]
+        size, factors, kinds = adapters.QUICK if quick else LORA_FULL, LORA_FACTORS, GRADIENTS[:1]
+    else:
+        path, source = (data, str(data)) if data is not None else find_text(data, cache, say)
+        size, factors, kinds = (QUICK, (1.0, 30.0), GRADIENTS[:1]) if quick else (FULL, FACTORS, GRADIENTS)
+    _text(model, path, size)  # what is wrong with it is said here and not by every worker
     say(f"text: {source}")
-    size, factors, kinds = (QUICK, (1.0, 30.0), GRADIENTS[:1]) if quick else (FULL, FACTORS, GRADIENTS)
     chosen_seeds = SEEDS[:1] if quick else SEEDS[:seeds]
     store = Runs(Run, size, out)
 
@@ -285,7 +297,7 @@ def report(
             say(f"{who}: validation {run.validation:.4f}")
         return [store.done[cell.key()] for cell in cells]
 
-    first = Cell("AdamW", 0.0, "fp32", chosen_seeds[0], path, size)
+    first = Cell("AdamW", 0.0, "fp32", chosen_seeds[0], path, size, model)
     tuning: list[Run] = []
     if peak is None:
         tuning = play_all([replace(first, peak=rate) for rate in (PEAKS[1:4] if quick else PEAKS)])
@@ -328,7 +340,7 @@ def draw(path: Path, runs: list[Run]) -> None:
                             interpolation="nearest", extent=(0, last, len(layers) - 0.5, -0.5))  # fmt: skip
         axis.set_title(f"{run.contestant}, peak {run.peak:g}: {run.validation:.3f}", fontsize=8)
         axis.set_xlabel("step", fontsize=8)
-        axis.set_yticks(range(len(layers)), [name.removeprefix("model.") for name in layers], fontsize=6)
+        axis.set_yticks(range(len(layers)), [name.rpartition("model.")[2] for name in layers], fontsize=6)
     figure.colorbar(image, ax=axes, label="multiplier of the step size")  # pyright: ignore[reportArgumentType]
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")

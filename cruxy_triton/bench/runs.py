@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from cruxy_triton.bench.characters import Size
+from cruxy_triton.environment import quiet_libraries
 from cruxy_triton.errors import UserError
 from cruxy_triton.files import writing
 
@@ -23,6 +24,12 @@ class Keyed(Protocol):
 
 Cell = TypeVar("Cell", bound=Keyed)
 Run = TypeVar("Run", bound=Keyed)
+
+
+def _begin() -> None:
+    """What a worker does first."""
+    quiet_libraries()
+    torch.set_num_threads(1)
 
 
 class Runs:
@@ -52,7 +59,7 @@ class Runs:
         missing = [cell for cell in cells if cell.key() not in self.done]
         context = multiprocessing.get_context("spawn")
         others = set(multiprocessing.active_children())
-        with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _begin) as pool:
             futures = [pool.submit(function, cell) for cell in missing]
             try:
                 for future in concurrent.futures.as_completed(futures):

@@ -44,10 +44,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--minutes", type=float, default=8, help="what does not fit is listed as not run (default: 8)")
     gpu.add_argument("--only", metavar="WORD", help="parts whose name contains WORD")
     stress = kinds.add_parser("stress", help="small models at absurd learning rates, with and without the guard")
-    stress.add_argument(
-        "--model", choices=("characters", "smollm2"), default="characters",
-        help="a character model of 0.8 M parameters, or LoRA on SmolLM2-135M over GSM8K (default: %(default)s)",
-    )  # fmt: skip
     stress.add_argument("--data", type=Path, help="folder of the texts (default: an embedded one)")
     stress.add_argument("--optimizers", nargs="+", metavar="NAME", help="contestants (default: all)")
     stress.add_argument("--seeds", type=int, default=3, help="runs per cell (default: %(default)s)")
@@ -63,12 +59,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shakespeare.add_argument("--plot", type=Path, help="file for loss curves, learning rates and phases")
     shakespeare.add_argument("--quick", action="store_true", help="a smaller model, 200 steps, three rates, one seed")
     layerwise = kinds.add_parser("layerwise", help="AdamW alone, under BLADE and under SKETCH-ALIGN")
-    layerwise.add_argument("--data", type=Path, help="text or question/answer JSONL (default: Tiny Shakespeare)")
+    layerwise.add_argument("--data", type=Path, help="text or question/answer JSONL (default: Tiny Shakespeare); with "
+                           "--model smollm2 the folder of gsm8k/train.jsonl and gsm8k/test.jsonl")  # fmt: skip
     layerwise.add_argument("--contestants", nargs="+", metavar="NAME", help="AdamW and controllers (default: all)")
     layerwise.add_argument("--peak", type=float, metavar="LR", help="the tuned peak (default: AdamW's best of five)")
     layerwise.add_argument("--seeds", type=int, default=3, help="runs per cell, 1 to 3 (default: %(default)s)")
     layerwise.add_argument("--plot", type=Path, help="file for heat maps of the multipliers")
     layerwise.add_argument("--quick", action="store_true", help="a smaller model, 60 steps, two rates, fp32, one seed")
+    for kind, parameters in ((stress, 0.8), (layerwise, 0.5)):
+        kind.add_argument(
+            "--model", choices=("characters", "smollm2"), default="characters", help=f"a character model of "
+            f"{parameters} M parameters, or LoRA on SmolLM2-135M over GSM8K (default: %(default)s)",
+        )  # fmt: skip
     for kind in (stress, shakespeare, layerwise):
         kind.add_argument("--workers", type=int, default=1, help="runs at once, one thread each (default: %(default)s)")
         kind.add_argument("--out", type=Path, help="file for each run as it ends; what it holds is not run again")
@@ -198,8 +200,8 @@ def run_layerwise(args: argparse.Namespace) -> dict[str, Any]:
     from cruxy_triton.bench import layerwise
 
     return layerwise.report(
-        quick=args.quick, data=args.data, contestants=args.contestants, seeds=args.seeds, workers=args.workers,
-        out=args.out, plot=args.plot, peak=args.peak, cache=cache_folder(), say=say,
+        model=args.model, quick=args.quick, data=args.data, contestants=args.contestants, seeds=args.seeds,
+        workers=args.workers, out=args.out, plot=args.plot, peak=args.peak, cache=cache_folder(), say=say,
     )  # fmt: skip
 
 

@@ -53,6 +53,18 @@ def test_a_run_is_that_of_a_plain_loop(words):
     assert len(late["BLADE (damped)"]) > 3
 
 
+def test_adapters_on_a_chat_model(chat_model):
+    """A layer for each transformer block; what is not under control begins at the same loss."""
+    size = Size(layers=2, width=64, context=16, batch=2, steps=6, evaluations=2)
+    names = ("AdamW", "BLADE (damped)")
+    alone, blade = (layerwise.play(Cell(name, 1e-3, "fp32", 5, chat_model, size, "smollm2")) for name in names)
+    assert alone.curve[0] == blade.curve[0]
+    assert alone.validation != blade.validation
+    blocks = [f"base_model.model.model.layers.{n}" for n in range(2)]
+    assert list(blade.multipliers)[:2] == blocks
+    assert {len(values) for values in blade.multipliers.values()} == {6}
+
+
 def test_the_schedule_and_the_entropy():
     steps = [layerwise.lr_factor(step, 350) for step in range(350)]
     assert steps[:2] == [1 / 50, 2 / 50]

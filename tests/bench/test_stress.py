@@ -102,14 +102,9 @@ def test_tiny_grid_as_a_command(command):
     assert "rollback" not in guarded[1e-3]["actions"]
 
 
-def test_adapters_on_a_chat_model(small_model, questions, tmp_path, monkeypatch):
+def test_adapters_on_a_chat_model(chat_model):
     """Only adapters are trained, and a wild rate is survived under the guard."""
-    (tmp_path / "gsm8k").mkdir()
-    for name in adapters.FILES:
-        (tmp_path / name).write_text(questions.read_text(encoding="utf-8"), encoding="utf-8")
-    source = str(small_model("llama"))
-    monkeypatch.setattr(adapters, "smollm2", lambda: source)
-    text = adapters.Questions(tmp_path, Size(layers=2, width=64, context=16, batch=2, steps=12, evaluations=2))
+    text = adapters.Questions(chat_model, Size(layers=2, width=64, context=16, batch=2, steps=12, evaluations=2))
     inputs, targets = text.batch(3)
     assert inputs.shape == targets.shape == (2, 16)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -122,10 +117,10 @@ def test_adapters_on_a_chat_model(small_model, questions, tmp_path, monkeypatch)
     assert "rollback" in wild.actions
     assert math.isfinite(wild.loss)
     with pytest.raises(UserError, match=r"train\.jsonl cannot be read: No such file"):
-        adapters.Questions(tmp_path / "elsewhere", adapters.QUICK)
-    (tmp_path / adapters.FILES[0]).write_text("{}\n")
+        adapters.Questions(chat_model / "elsewhere", adapters.QUICK)
+    (chat_model / adapters.FILES[0]).write_text("{}\n")
     with pytest.raises(UserError, match="is not GSM8K: expected JSON lines with a question and an answer"):
-        adapters.Questions(tmp_path, adapters.QUICK)
+        adapters.Questions(chat_model, adapters.QUICK)
 
 
 def test_bad_input(command, tmp_path):
