@@ -31,6 +31,7 @@ from cruxy_kernels.codec import Codec, scale_name
 from cruxy_kernels.rules import codec_of
 from cruxy_triton import distributed, groups
 from cruxy_triton.controllers.layers import KEY as LAYERS
+from cruxy_triton.controllers.release import KEY as RELEASE
 from cruxy_triton.controllers.release import NUM_RELEASE, SCALE
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Group, rule_of
@@ -45,9 +46,7 @@ NON_NEGATIVE = (
 )  # fmt: skip
 
 
-def pack(
-    param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], seed: int, release: Tensor | None = None
-) -> dict[str, Any]:
+def pack(param_groups: Sequence[Group], state: Mapping[Any, dict[str, Any]], seed: int) -> dict[str, Any]:
     """The state_dict of these groups and states. Moments are shared with the optimizer, as in torch.
 
     A state whose tensor is in no group (any more) is left out.
@@ -61,8 +60,8 @@ def pack(
         group["control"][L.SEED] = seed  # before the first step it is not there yet
         if LAYERS in group:
             group[LAYERS] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group[LAYERS].items()}
-    if release is not None:
-        packed[0]["release"] = release.clone()
+        if RELEASE in group:
+            group[RELEASE] = group[RELEASE].clone()
     states = {
         index.get(key, key): value | {name: value[name].clone() for name in groups.NO_MOMENTS if name in value}
         for key, value in state.items()
@@ -148,7 +147,7 @@ def read(
         control, saved_mode = saved.pop("control", None), saved.pop("mode", None)
         layers = saved.pop(LAYERS, None)
         found.layers = layers if found.layers is None else found.layers
-        release = saved.pop("release", None)
+        release = saved.pop(RELEASE, None)
         if release is not None:
             found.release = _release(release, f"group {i}")
         found.controls.append(_control(control, saved_mode, mode, f"group {i}"))

@@ -25,6 +25,7 @@ from cruxy_triton.controllers.blade import Blade
 from cruxy_triton.controllers.layers import KEY as LAYERS
 from cruxy_triton.controllers.layers import LayerControl, StepTensors
 from cruxy_triton.controllers.meta import slow_loop
+from cruxy_triton.controllers.release import KEY as RELEASE
 from cruxy_triton.controllers.sketch_align import SketchAlign
 from cruxy_triton.errors import warn
 from cruxy_triton.groups import Settings
@@ -182,7 +183,6 @@ class CruxyOptimizer(Optimizer):
         self._history = History(history)
         self._reader = Reader()
         self._passes: Passes | None = None
-        self._release: Tensor | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -230,11 +230,23 @@ class CruxyOptimizer(Optimizer):
         """The control vector, float32 (rows, `cruxy_kernels.layout.NUM_SLOTS`): a row per group, at least."""
         return self._rows.values
 
+    @property
+    def _release(self) -> Tensor | None:
+        """What controllers/release.py keeps. In a group, where torch.distributed.checkpoint finds it."""
+        return self.param_groups[0].get(RELEASE)
+
+    @_release.setter
+    def _release(self, vector: Tensor | None) -> None:
+        self.param_groups[0].pop(RELEASE, None)
+        if vector is not None:
+            self.param_groups[0][RELEASE] = vector
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it joins with the statistics gathered so far. Raises ValueError for bad settings."""
         if isinstance(param_group, dict):
             groups.refuse_shared(param_group, self)
-            param_group.pop(LAYERS, None)  # of another optimizer, whose groups these were
+            for name in (LAYERS, RELEASE):  # of another optimizer, whose groups these were
+                param_group.pop(name, None)
             rule = groups.rule_of({**self.defaults, **param_group})
             if "betas" in param_group:
                 groups.warn_of_betas(self.mode, rule, param_group["betas"])
@@ -546,7 +558,7 @@ class CruxyOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        hidden = ("    control:", f"    {LAYERS}:", "       ")
+        hidden = ("    control:", f"    {LAYERS}:", f"    {RELEASE}:", "       ")
         return "\n".join(line for line in lines if not line.startswith(hidden))
 
     def state_dict(self) -> dict[str, Any]:
@@ -559,8 +571,6 @@ class CruxyOptimizer(Optimizer):
         self._rows.link(self.state, self.mode)
         self._follow_layers()
         state_dict = checkpoint.pack(self.param_groups, self.state, self.seed)
-
-        state_dict = checkpoint.pack(self.param_groups, self.state, self.seed, self._release)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:

@@ -21,6 +21,8 @@ from cruxy_kernels.laws.clipping import tensor_law
 from cruxy_kernels.laws.control import write_log
 from cruxy_kernels.laws.telemetry import combine
 
+KEY = "release"  # of the first parameter group
+
 SCALE = 0  # what the loss of this step is multiplied by; 1 without a loss scale
 RUN = 1  # steps without a non-finite element since the scale was changed
 OVERFLOWS = 2  # steps that had one

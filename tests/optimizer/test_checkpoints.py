@@ -14,6 +14,7 @@ from torch import nn
 
 from cruxy_kernels import layout as L
 from cruxy_triton import CruxyOptimizer, MetaLion
+from cruxy_triton.release import release_gradients
 
 SETTINGS = {
     "adamw": {"use_lion": False},
@@ -176,7 +177,8 @@ def test_through_accelerate(tmp_path):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_through_distributed_checkpoint(tmp_path, codec, flat):
+@pytest.mark.parametrize("kind", [*SETTINGS, "layerwise", "release"])
+def test_through_distributed_checkpoint(tmp_path, kind, flat):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -184,14 +186,22 @@ def test_through_distributed_checkpoint(tmp_path, codec, flat):
         set_optimizer_state_dict,
     )
 
+    def made() -> tuple[nn.Module, CruxyOptimizer]:
+        model, optimizer = make(**SETTINGS.get(kind, SETTINGS["lion4"]))
+        if kind == "layerwise":
+            model, optimizer = make(layerwise="blade")
+        elif kind == "release":
+            release_gradients(model, optimizer)
+        return model, optimizer
+
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    model, optimizer = make(**codec)
+    model, optimizer = made()
     train(model, optimizer, 0, 15)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that no process group is needed
         state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
         dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
-        other, resumed = make(**codec)
+        other, resumed = made()
         other.load_state_dict(model.state_dict())
         target = {"optimizer": get_optimizer_state_dict(other, resumed, options=options)}
         dcp.load(target, checkpoint_id=str(tmp_path), no_dist=True)
