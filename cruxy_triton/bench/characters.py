@@ -80,14 +80,16 @@ class Block(nn.Module):
 
 
 class CharacterModel(nn.Module):
-    def __init__(self, symbols: int, size: Size):
+    """A decoder with learned positions. std: of its weights at the start; None: as torch initialises each module."""
+
+    def __init__(self, symbols: int, size: Size, std: float | None = 0.02):
         super().__init__()
         self.embed, self.position = nn.Embedding(symbols, size.width), nn.Embedding(size.context, size.width)
         self.blocks = nn.Sequential(*[Block(size.width) for _ in range(size.layers)])
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, symbols, bias=False)
-        for module in self.modules():
+        for module in self.modules() if std is not None else ():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -1,0 +1,130 @@
+"""The tables of README.md and docs/*.md that recorded runs decide, written between their markers.
+
+    python docs/tables.py            writes them
+    python docs/tables.py --check    exit code 1, and the names, where a page does not say what the runs say
+
+A marker is `<!-- table: NAME -->` and ends at `<!-- /table -->`. The runs are in profiles/measured, as `cruxy-triton
+bench stress`, `shakespeare` and `layerwise` write them with --out.
+"""
+
+import argparse
+import functools
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cruxy_triton.bench import adapters, layerwise, shakespeare, stress
+from cruxy_triton.bench.runs import Runs
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ROOT / "profiles" / "measured"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+PAPERS = {"ZClip": "https://arxiv.org/abs/2504.02507", "AdaGC": "https://arxiv.org/abs/2502.11034"}
+SHORT = ("torch AdamW", "meta3", "Meta-Lion, 8-bit state")  # of the README
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    first, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([first, "|" + "---|" * (first.count("|") - 1), *rest]) + "\n"
+
+
+def number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "diverged"
+
+
+def spread(mean: float, width: float, digits: int = 3) -> str:
+    """Mean, and half of what lies between the seeds' largest and smallest."""
+    return f"{number(mean, digits)} ± {width / 2:.{digits}f}" if math.isfinite(width) else number(mean, digits)
+
+
+def stressed(file: str, size: Any, text: str) -> str:
+    """Validation loss by rate without and with the guard; bold: the best without."""
+    runs = [run for run in Runs(stress.Run, size, MEASURED / file).done.values() if run.text == text]
+    found = sorted({run.lr for run in runs})
+    rates = [f"{lr:g}" for lr in found]
+    lines = [["learning rate", *(f"{lr:.0e}".replace("e-0", "e-") for lr in found)]]
+    for row in stress.rows(runs):
+        name, values = row["optimizer"], [number(row[rate]) for rate in rates]
+        if row["guard"] == "yes":
+            name = "- with the guard"
+        else:
+            at = min(range(len(rates)), key=lambda i: row[rates[i]])
+            values[at] = f"**{values[at]}**"
+            for paper, address in PAPERS.items():
+                name = name.replace(paper, f"[{paper}]({address})")
+        lines.append([name, *values])
+    return markdown(lines)
+
+
+def published(names: Iterable[str] | None = None) -> str:
+    """The benchmark of the white paper: last batch and validation, at the published rate and at the best."""
+    runs = Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values()
+    full = names is None
+    heads = ["optimizer", "rate", "last batch", "validation", *(["state bytes", "step, ms"] if full else [])]
+    lines = [heads]
+    for row in shakespeare.rows(run for run in runs if full or run.optimizer in names):
+        line = [row["optimizer"], f"{row['lr']:g}, {row['rate']}", spread(row["last batch"], row["spread"]),
+                spread(row["validation"], row["spread "])]  # fmt: skip
+        lines.append([*line, f"{row['state bytes']:,}", f"{row['step ms']:.1f}"] if full else line)
+    return markdown(lines)
+
+
+def layers(file: str, size: Any, factors: Sequence[float]) -> str:
+    """Validation loss by multiple of AdamW's best rate; bold: the lowest of its column."""
+    runs = list(Runs(layerwise.Run, size, MEASURED / file).done.values())
+    peak = min(run.peak for run in runs if run.contestant != "AdamW")
+    wanted = {layerwise.times(peak, factor) for factor in factors}
+    table = layerwise.rows([run for run in runs if run.peak in wanted], peak, factors)
+    lines = [["", "gradients", *(f"{factor:g}x" for factor in factors)]]
+    for row in table:
+        rivals = [other for other in table if other["gradients"] == row["gradients"]]
+        cells = []
+        for factor in (f"{factor:g}x" for factor in factors):
+            cell = spread(row[factor], row[f"{factor} spread"])
+            lowest = row[factor] == min(other[factor] for other in rivals) < math.inf
+            cells.append(f"**{cell}**" if lowest else cell)
+        lines.append([row["contestant"], {"fp32": "float32", "fp16": "float16"}[row["gradients"]], *cells])
+    return markdown(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "stress shakespeare": functools.partial(stressed, "stress.jsonl", stress.FULL, "shakespeare"),
+    "stress wikitext2": functools.partial(stressed, "stress.jsonl", stress.FULL, "wikitext2"),
+    "stress smollm2": functools.partial(stressed, "stress_smollm2.jsonl", adapters.FULL, adapters.NAME),
+    "shakespeare": published,
+    "shakespeare, short": functools.partial(published, SHORT),
+    "layerwise": functools.partial(layers, "layerwise.jsonl", layerwise.FULL, layerwise.FACTORS),
+    "layerwise smollm2": functools.partial(
+        layers, "layerwise_smollm2.jsonl", layerwise.LORA_FULL, layerwise.LORA_FACTORS
+    ),
+}
+
+
+def filled(text: str) -> str:
+    """A page's text with its tables as the runs have them. Raises KeyError for a name that is none."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if stale:
+        sys.stdout.write(f"{'not as the runs are' if check else 'written'}: {', '.join(stale)}\n")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
