@@ -9,6 +9,7 @@ bench stress`, `shakespeare` and `layerwise` write them with --out.
 
 import argparse
 import functools
+import json
 import math
 import re
 import sys
@@ -91,9 +92,22 @@ def layers(file: str, size: Any, factors: Sequence[float]) -> str:
     return markdown(lines)
 
 
+def overhead() -> str:
+    """Time of a training step with the guard over one without."""
+    rows = json.loads((MEASURED / "guard_overhead.json").read_text(encoding="utf-8"))["rows"]
+    lines = [["model", "optimizer", "parameters that learn", "step without, ms", "with / without, median", "least"]]
+    for row in rows:
+        lines.append([
+            row["model"], row["optimizer"], f"{row['parameters']:,} in {row['tensors']}",
+            f"{row['step ms without']:.0f}", f"{row['step ratio']:.3f}", f"{row['step ratio of least']:.3f}",
+        ])  # fmt: skip
+    return markdown(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "stress shakespeare": functools.partial(stressed, "stress.jsonl", stress.FULL, "shakespeare"),
     "stress wikitext2": functools.partial(stressed, "stress.jsonl", stress.FULL, "wikitext2"),
+    "guard overhead": overhead,
     "stress smollm2": functools.partial(stressed, "stress_smollm2.jsonl", adapters.FULL, adapters.NAME),
     "shakespeare": published,
     "shakespeare, short": functools.partial(published, SHORT),

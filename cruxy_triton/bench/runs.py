@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +32,14 @@ def _begin() -> None:
     """What a worker does first."""
     quiet_libraries()
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Not after it: a parent that is killed ends nobody."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Runs:
