@@ -92,6 +92,16 @@ def layers(file: str, size: Any, factors: Sequence[float]) -> str:
     return markdown(lines)
 
 
+def injected() -> str:
+    """What was injected, and what became of it; the loss is the run's over the clean one's."""
+    rows = json.loads((MEASURED / "faults.json").read_text(encoding="utf-8"))["rows"]
+    lines = [["fault", "scenarios", "as they should be", "which is", "worst loss"]]
+    for row in rows:
+        worst = "" if row["worst loss"] is None else number(row["worst loss"])
+        lines.append([row["fault"], str(row["scenarios"]), str(row["passed"]), row["result"], worst])
+    return markdown(lines)
+
+
 def overhead() -> str:
     """Time of a training step with the guard over one without."""
     rows = json.loads((MEASURED / "guard_overhead.json").read_text(encoding="utf-8"))["rows"]
@@ -107,6 +117,7 @@ def overhead() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "stress shakespeare": functools.partial(stressed, "stress.jsonl", stress.FULL, "shakespeare"),
     "stress wikitext2": functools.partial(stressed, "stress.jsonl", stress.FULL, "wikitext2"),
+    "faults": injected,
     "guard overhead": overhead,
     "stress smollm2": functools.partial(stressed, "stress_smollm2.jsonl", adapters.FULL, adapters.NAME),
     "shakespeare": published,
