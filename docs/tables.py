@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "diverged"
 
 
+def rate(lr: float) -> str:
+    digits, _, exponent = f"{lr:.3e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def spread(mean: float, width: float, digits: int = 3) -> str:
     """Mean, and half of what lies between the seeds' largest and smallest."""
     return f"{number(mean, digits)} ± {width / 2:.{digits}f}" if math.isfinite(width) else number(mean, digits)
@@ -47,7 +53,7 @@ def stressed(file: str, size: Any, text: str) -> str:
     runs = [run for run in Runs(stress.Run, size, MEASURED / file).done.values() if run.text == text]
     found = sorted({run.lr for run in runs})
     rates = [f"{lr:g}" for lr in found]
-    lines = [["learning rate", *(f"{lr:.0e}".replace("e-0", "e-") for lr in found)]]
+    lines = [["learning rate", *(rate(lr) for lr in found)]]
     for row in stress.rows(runs):
         name, values = row["optimizer"], [number(row[rate]) for rate in rates]
         if row["guard"] == "yes":
@@ -68,7 +74,7 @@ def published(names: Iterable[str] | None = None) -> str:
     heads = ["optimizer", "rate", "last batch", "validation", *(["state bytes", "step, ms"] if full else [])]
     lines = [heads]
     for row in shakespeare.rows(run for run in runs if full or run.optimizer in names):
-        line = [row["optimizer"], f"{row['lr']:g}, {row['rate']}", spread(row["last batch"], row["spread"]),
+        line = [row["optimizer"], f"{rate(row['lr'])}, {row['rate']}", spread(row["last batch"], row["spread"]),
                 spread(row["validation"], row["spread "])]  # fmt: skip
         lines.append([*line, f"{row['state bytes']:,}", f"{row['step ms']:.1f}"] if full else line)
     return markdown(lines)
@@ -89,6 +95,22 @@ def layers(file: str, size: Any, factors: Sequence[float]) -> str:
             lowest = row[factor] == min(other[factor] for other in rivals) < math.inf
             cells.append(f"**{cell}**" if lowest else cell)
         lines.append([row["contestant"], {"fp32": "float32", "fp16": "float16"}[row["gradients"]], *cells])
+    return markdown(lines)
+
+
+def clipping() -> str:
+    """Validation loss by clipping and rate; bold: the lowest of its column."""
+    losses: dict[tuple[Any, float], list[float]] = {}
+    for run in json.loads((MEASURED / "clipping.json").read_text(encoding="utf-8"))["runs"]:
+        losses.setdefault((run["clip"], run["lr"]), []).append(math.inf if run["loss"] is None else run["loss"])
+    means = {key: statistics.fmean(values) for key, values in losses.items()}
+    clips, rates = dict.fromkeys(clip for clip, _ in losses), sorted({lr for _, lr in losses})
+    lines = [["clip", *(rate(lr) for lr in rates)]]
+    for clip in clips:
+        cells = [spread(means[clip, lr], max(losses[clip, lr]) - min(losses[clip, lr])) for lr in rates]
+        best = [means[clip, lr] == min(means[other, lr] for other in clips) for lr in rates]
+        name = "`None`" if clip is None else f'`"{clip}"`'
+        lines.append([name, *(f"**{cell}**" if first else cell for cell, first in zip(cells, best, strict=True))])
     return markdown(lines)
 
 
@@ -117,6 +139,7 @@ def overhead() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "stress shakespeare": functools.partial(stressed, "stress.jsonl", stress.FULL, "shakespeare"),
     "stress wikitext2": functools.partial(stressed, "stress.jsonl", stress.FULL, "wikitext2"),
+    "clipping": clipping,
     "faults": injected,
     "guard overhead": overhead,
     "stress smollm2": functools.partial(stressed, "stress_smollm2.jsonl", adapters.FULL, adapters.NAME),

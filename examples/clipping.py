@@ -1,4 +1,4 @@
-"""What clipping does to Cruxy's Lion at a good rate and at twice that: global, tensor by tensor, none.
+"""What clipping does to Cruxy's Lion at a good rate, at half and at twice that: global, tensor by tensor, none.
 
     python examples/clipping.py --text FILE           # Tiny Shakespeare
 
@@ -41,8 +41,8 @@ def run(text: Text, lr: float, clip: str | None, seed: int) -> dict[str, float |
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
