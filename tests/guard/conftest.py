@@ -1,6 +1,6 @@
 """Fixtures of the guard's tests: a small regression that trains in milliseconds, over several optimizers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,14 +16,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=2e-2, momentum=0.9),
     "CruxyOptimizer": lambda p: CruxyOptimizer(p, lr=5e-3),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=list(OPTIMIZERS))

@@ -1,7 +1,7 @@
 """Fixtures of the optimizer tests: small models with data, and PyPI `cruxy` 2.1.0 to compare with."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,14 +10,6 @@ from torch import Tensor, nn
 
 RULES = {"adamw": {"use_lion": False}, "lion": {"use_lion": True, "betas": (0.9, 0.99)}}
 MODES = ("stability_v1", "stability_v2", "meta3")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=MODES)

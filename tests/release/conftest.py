@@ -1,6 +1,6 @@
 """A small language model of layers, with a tied table, and what its steps are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,14 +49,6 @@ class Model(nn.Module):
             text = torch.cat((text, (3 * text[:, -1:] + 1 + noise) % SYMBOLS), 1)
         logits = self(text[:, :-1]).float()
         return nn.functional.cross_entropy(logits.reshape(-1, SYMBOLS), text[:, 1:].reshape(-1))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
