@@ -73,6 +73,7 @@ CONTESTANTS = {
         f"Meta-Lion, {bits}-bit state": Contestant(_ours(state_bits=bits, **_META_LION), 1e-3)
         for bits in sorted(RULES["lion"].state_bits, reverse=True)
     },
+    "adv_optm Lion_adv, 1-bit": Contestant(_peer("adv_optm", "Lion_adv", nnmf_factor=True, **_LION), 1e-3, "adv_optm"),
 }
 
 
@@ -282,8 +283,8 @@ def report(
         draw(plot, [store.done[name, best[name], seeds[0]] for name in present])
     return {
         "rows": rows(runs), "absent": absent, "text": source, "size": asdict(size), "seeds": list(seeds),
-        "versions": {name: metadata.version(name) for name in ("torch", "lion-pytorch", "schedulefree", "cruxy")
-                     if find_spec(name.replace("-", "_"))},
+        "versions": {package: metadata.version(package) for package in dict.fromkeys(packages.values())
+                     if find_spec(package)},
         "runs": [asdict(run) for run in runs],
     }  # fmt: skip
 
