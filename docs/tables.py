@@ -4,7 +4,7 @@
     python docs/tables.py --check    exit code 1, and the names, where a page does not say what the runs say
 
 A marker is `<!-- table: NAME -->` and ends at `<!-- /table -->`. The runs are in profiles/measured, as `cruxy-triton
-bench stress`, `shakespeare` and `layerwise` write them with --out.
+bench stress` and `shakespeare` write them with --out.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cruxy_triton.bench import adapters, layerwise, shakespeare, stress
+from cruxy_triton.bench import adapters, shakespeare, stress
 from cruxy_triton.bench.runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ MEASURED = ROOT / "profiles" / "measured"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAPERS = {"ZClip": "https://arxiv.org/abs/2504.02507", "AdaGC": "https://arxiv.org/abs/2502.11034"}
-SHORT = ("torch AdamW", "meta3", "Meta-Lion, 8-bit state")  # of the README
+SHORT = ("torch AdamW", "schedulefree AdamW", "meta3", "Meta-Lion, 8-bit state")  # of the README
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
@@ -44,7 +44,7 @@ def rate(lr: float) -> str:
 
 
 def spread(mean: float, width: float, digits: int = 3) -> str:
-    """Mean, and half of what lies between the seeds' largest and smallest."""
+    """Mean, and half of what lies between the largest and the smallest."""
     return f"{number(mean, digits)} ± {width / 2:.{digits}f}" if math.isfinite(width) else number(mean, digits)
 
 
@@ -67,34 +67,24 @@ def stressed(file: str, size: Any, text: str) -> str:
     return markdown(lines)
 
 
-def published(names: Iterable[str] | None = None) -> str:
+def published() -> str:
     """The benchmark of the white paper: last batch and validation, at the published rate and at the best."""
-    runs = Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values()
-    full = names is None
-    heads = ["optimizer", "rate", "last batch", "validation", *(["state bytes", "step, ms"] if full else [])]
-    lines = [heads]
-    for row in shakespeare.rows(run for run in runs if full or run.optimizer in names):
-        line = [row["optimizer"], f"{rate(row['lr'])}, {row['rate']}", spread(row["last batch"], row["spread"]),
-                spread(row["validation"], row["spread "])]  # fmt: skip
-        lines.append([*line, f"{row['state bytes']:,}", f"{row['step ms']:.1f}"] if full else line)
+    lines = [["optimizer", "rate", "last batch", "validation", "state bytes", "step, ms"]]
+    for row in shakespeare.rows(Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values()):
+        lines.append([
+            row["optimizer"], f"{rate(row['lr'])}, {row['rate']}", spread(row["last batch"], row["spread"]),
+            spread(row["validation"], row["spread "]), f"{row['state bytes']:,}", f"{row['step ms']:.1f}",
+        ])  # fmt: skip
     return markdown(lines)
 
 
-def layers(file: str, size: Any, factors: Sequence[float]) -> str:
-    """Validation loss by multiple of AdamW's best rate; bold: the lowest of its column."""
-    runs = list(Runs(layerwise.Run, size, MEASURED / file).done.values())
-    peak = min(run.peak for run in runs if run.contestant != "AdamW")
-    wanted = {layerwise.times(peak, factor) for factor in factors}
-    table = layerwise.rows([run for run in runs if run.peak in wanted], peak, factors)
-    lines = [["", "gradients", *(f"{factor:g}x" for factor in factors)]]
-    for row in table:
-        rivals = [other for other in table if other["gradients"] == row["gradients"]]
-        cells = []
-        for factor in (f"{factor:g}x" for factor in factors):
-            cell = spread(row[factor], row[f"{factor} spread"])
-            lowest = row[factor] == min(other[factor] for other in rivals) < math.inf
-            cells.append(f"**{cell}**" if lowest else cell)
-        lines.append([row["contestant"], {"fp32": "float32", "fp16": "float16"}[row["gradients"]], *cells])
+def in_short() -> str:
+    """Of it what the README has: some optimizers at their best."""
+    lines = [["at its best rate", "last batch", "validation"]]
+    for row in shakespeare.rows(Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values()):
+        if row["optimizer"] in SHORT and "best" in row["rate"]:
+            name = f"{row['optimizer']}, {rate(row['lr'])}"
+            lines.append([name, number(row["last batch"]), spread(row["validation"], row["spread "])])
     return markdown(lines)
 
 
@@ -144,11 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guard overhead": overhead,
     "stress smollm2": functools.partial(stressed, "stress_smollm2.jsonl", adapters.FULL, adapters.NAME),
     "shakespeare": published,
-    "shakespeare, short": functools.partial(published, SHORT),
-    "layerwise": functools.partial(layers, "layerwise.jsonl", layerwise.FULL, layerwise.FACTORS),
-    "layerwise smollm2": functools.partial(
-        layers, "layerwise_smollm2.jsonl", layerwise.LORA_FULL, layerwise.LORA_FACTORS
-    ),
+    "shakespeare, short": in_short,
 }
 
 
