@@ -4,11 +4,12 @@
     python docs/tables.py --check    exit code 1, and the names, where a page does not say what the runs say
 
 A marker is `<!-- table: NAME -->` and ends at `<!-- /table -->`. The runs are in profiles/measured, as `cruxy-triton
-bench stress` and `shakespeare` write them with --out.
+bench stress`, `shakespeare` and `layerwise` write them with --out.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cruxy_triton.bench import adapters, shakespeare, stress
+from cruxy_triton.bench import adapters, layerwise, shakespeare, stress
 from cruxy_triton.bench.runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,26 @@ def in_short() -> str:
     return markdown(lines)
 
 
+def layers() -> str:
+    """Validation loss by multiple of AdamW's best rate, over the seeds that are whole; bold: the lowest of a column."""
+    runs = list(Runs(layerwise.Run, layerwise.FULL, MEASURED / "layerwise.jsonl").done.values())
+    peak = min(run.peak for run in runs if run.contestant != "AdamW")
+    cells = {(run.seed, run.contestant, run.gradients, run.peak) for run in runs}
+    peaks = [layerwise.times(peak, factor) for factor in layerwise.FACTORS]
+    grid = list(itertools.product(layerwise.CONTESTANTS, layerwise.GRADIENTS, peaks))
+    whole = [seed for seed in layerwise.SEEDS if all((seed, *cell) in cells for cell in grid)]
+    table = layerwise.rows([r for r in runs if r.seed in whole and r.peak in peaks], peak, layerwise.FACTORS)
+    factors = [f"{factor:g}x" for factor in layerwise.FACTORS]
+    lines = [["", "gradients", *factors]]
+    for row in table:
+        rivals = [other for other in table if other["gradients"] == row["gradients"]]
+        values = [spread(row[f], row[f"{f} spread"]) if len(whole) > 1 else number(row[f]) for f in factors]
+        lowest = [row[f] == min(other[f] for other in rivals) < math.inf for f in factors]
+        shown = [f"**{value}**" if first else value for value, first in zip(values, lowest, strict=True)]
+        lines.append([row["contestant"], {"fp32": "float32", "fp16": "float16"}[row["gradients"]], *shown])
+    return markdown(lines)
+
+
 def clipping() -> str:
     """Validation loss by clipping and rate; bold: the lowest of its column."""
     losses: dict[tuple[Any, float], list[float]] = {}
@@ -135,6 +156,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stress smollm2": functools.partial(stressed, "stress_smollm2.jsonl", adapters.FULL, adapters.NAME),
     "shakespeare": published,
     "shakespeare, short": in_short,
+    "layerwise": layers,
 }
 
 
