@@ -87,7 +87,9 @@ class CharacterModel(nn.Module):
         self.embed, self.position = nn.Embedding(symbols, size.width), nn.Embedding(size.context, size.width)
         self.blocks = nn.Sequential(*[Block(size.width) for _ in range(size.layers)])
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, symbols, bias=False)
-        for module in self.modules() if std is not None else ():
+        if std is None:
+            return
+        for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
                 if isinstance(module, nn.Linear) and module.bias is not None:

@@ -17,7 +17,7 @@ from cruxy_triton.finetune import load, run, train
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("architectures")]  # one at a time: up to 8 GB each
+pytestmark = pytest.mark.slow
 
 SEQ, LAYERS, R = 96, 2, 8
 MODELS: dict[str, dict[str, Any]] = {

@@ -11,12 +11,10 @@ from cruxy_triton.finetune import demo, smollm2
 
 MIB = 1 << 20
 
-# One process for all of them: the second test uses the model that the first has made.
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second test uses the model that the first has made."""
     return tmp_path_factory.mktemp("cache")
 
 

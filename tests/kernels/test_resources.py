@@ -15,9 +15,6 @@ from cruxy_kernels import RULES
 from cruxy_kernels import layout as L
 from cruxy_kernels.launch import MAX_REGISTERS
 
-# One worker for all of them: they share what the command printed.
-pytestmark = pytest.mark.xdist_group("resources")
-
 
 def kernels(*words, **environment):
     return subprocess.run(

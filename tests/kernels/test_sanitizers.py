@@ -14,7 +14,7 @@ import pytest
 
 import cruxy_kernels
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitizers")]
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 FILES = ["test_rules.py", "test_control.py", "test_telemetry.py", "test_codecs.py", "test_threads.py"]

@@ -10,10 +10,7 @@ import torch.distributed as dist
 WORKER = Path(__file__).with_name("distributed_worker.py")
 WORLD = 2
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo"),
-    pytest.mark.xdist_group("two processes"),  # they share what was started once
-]
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo")
 
 
 @pytest.fixture(scope="module")
