@@ -158,7 +158,7 @@ class Attached:
         groups = optimizer.param_groups
         found = self.control.entry["multipliers"]
         keeps = found.is_cuda and all(group.get("capturable") or group.get("fused") for group in groups)
-        values: Sequence[Any] = found.unbind() if keeps else found.tolist()
+        values: Sequence[Any] = found.unbind() if keeps else found.tolist()  # the module says who waits
         of = dict(zip(self.control.layers.names, values, strict=True))
         overflow = getattr(optimizer, "found_inf", None)
         for group in groups:

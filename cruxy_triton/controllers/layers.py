@@ -186,7 +186,7 @@ class LayerControl:
         before = list(zip(self.layers.names, self.layers.numels, strict=True))
         now = list(zip(layers.names, layers.numels, strict=True))
         if old:
-            old = {name: value.cpu() for name, value in old.items()}
+            old = {name: value.cpu() for name, value in old.items()}  # off the path: the groups changed
             self.carry(old, new, {i: before.index(layer) for i, layer in enumerate(now) if layer in before})
         self.entry.clear()
         self.entry.update({"kind": self.kind, "seed": self.seed, "names": layers.names, **new})

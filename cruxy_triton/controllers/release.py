@@ -43,7 +43,7 @@ def new_release(control: Tensor, scale: float) -> Tensor:
     """The vector before its first step, on the CPU; `control`: what an optimizer knows from steps without release."""
     release = torch.zeros(NUM_RELEASE)
     release[SCALE] = scale
-    row = control[0].detach().cpu()
+    row = control[0].detach().cpu()  # once, when release begins
     known = row[[L.GAMMA_NORM, L.GRAD_NORM, L.MAX_GRAD]]
     if row[L.STEP] > 0 and bool((known.isfinite() & (known > 0)).all()):
         release[TOTALS : TOTALS + 3] = torch.stack((known[0] ** row[L.GAMMA], known[1] ** 2, known[2]))
