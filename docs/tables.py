@@ -39,6 +39,13 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "diverged"
 
 
+def lowest(cells: Iterable[str], values: Sequence[float], rivals: Iterable[Sequence[float]]) -> list[str]:
+    """The cells of a row, bold where its value is the least of those that stand in the same place of the rivals."""
+    least = [min(column) for column in zip(*rivals, strict=True)]
+    marks = ["**" if value == best < math.inf else "" for value, best in zip(values, least, strict=True)]
+    return [f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells, strict=True)]
+
+
 def rate(lr: float) -> str:
     digits, _, exponent = f"{lr:.3e}".partition("e")
     return f"{float(digits):g}e{int(exponent)}"
@@ -68,10 +75,14 @@ def stressed(file: str, size: Any, text: str) -> str:
     return markdown(lines)
 
 
+def benchmark() -> list[dict[str, Any]]:
+    return shakespeare.rows(Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values())
+
+
 def published() -> str:
     """The benchmark of the white paper: last batch and validation, at the published rate and at the best."""
     lines = [["optimizer", "rate", "last batch", "validation", "state bytes", "step, ms"]]
-    for row in shakespeare.rows(Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values()):
+    for row in benchmark():
         lines.append([
             row["optimizer"], f"{rate(row['lr'])}, {row['rate']}", spread(row["last batch"], row["spread"]),
             spread(row["validation"], row["spread "]), f"{row['state bytes']:,}", f"{row['step ms']:.1f}",
@@ -82,7 +93,7 @@ def published() -> str:
 def in_short() -> str:
     """Of it what the README has: some optimizers at their best."""
     lines = [["at its best rate", "last batch", "validation"]]
-    for row in shakespeare.rows(Runs(shakespeare.Run, shakespeare.FULL, MEASURED / "shakespeare.jsonl").done.values()):
+    for row in benchmark():
         if row["optimizer"] in SHORT and "best" in row["rate"]:
             name = f"{row['optimizer']}, {rate(row['lr'])}"
             lines.append([name, number(row["last batch"]), spread(row["validation"], row["spread "])])
@@ -93,19 +104,18 @@ def layers() -> str:
     """Validation loss by multiple of AdamW's best rate, over the seeds that are whole; bold: the lowest of a column."""
     runs = list(Runs(layerwise.Run, layerwise.FULL, MEASURED / "layerwise.jsonl").done.values())
     peak = min(run.peak for run in runs if run.contestant != "AdamW")
-    cells = {(run.seed, run.contestant, run.gradients, run.peak) for run in runs}
+    there = {(run.seed, run.contestant, run.gradients, run.peak) for run in runs}
     peaks = [layerwise.times(peak, factor) for factor in layerwise.FACTORS]
     grid = list(itertools.product(layerwise.CONTESTANTS, layerwise.GRADIENTS, peaks))
-    whole = [seed for seed in layerwise.SEEDS if all((seed, *cell) in cells for cell in grid)]
+    whole = [seed for seed in layerwise.SEEDS if all((seed, *cell) in there for cell in grid)]
     table = layerwise.rows([r for r in runs if r.seed in whole and r.peak in peaks], peak, layerwise.FACTORS)
     factors = [f"{factor:g}x" for factor in layerwise.FACTORS]
     lines = [["", "gradients", *factors]]
     for row in table:
-        rivals = [other for other in table if other["gradients"] == row["gradients"]]
-        values = [spread(row[f], row[f"{f} spread"]) if len(whole) > 1 else number(row[f]) for f in factors]
-        lowest = [row[f] == min(other[f] for other in rivals) < math.inf for f in factors]
-        shown = [f"**{value}**" if first else value for value, first in zip(values, lowest, strict=True)]
-        lines.append([row["contestant"], {"fp32": "float32", "fp16": "float16"}[row["gradients"]], *shown])
+        rivals = [[other[f] for f in factors] for other in table if other["gradients"] == row["gradients"]]
+        cells = [spread(row[f], row[f"{f} spread"]) if len(whole) > 1 else number(row[f]) for f in factors]
+        gradients = {"fp32": "float32", "fp16": "float16"}[row["gradients"]]
+        lines.append([row["contestant"], gradients, *lowest(cells, [row[f] for f in factors], rivals)])
     return markdown(lines)
 
 
@@ -119,9 +129,9 @@ def clipping() -> str:
     lines = [["clip", *(rate(lr) for lr in rates)]]
     for clip in clips:
         cells = [spread(means[clip, lr], max(losses[clip, lr]) - min(losses[clip, lr])) for lr in rates]
-        best = [means[clip, lr] == min(means[other, lr] for other in clips) for lr in rates]
+        rivals = [[means[other, lr] for lr in rates] for other in clips]
         name = "`None`" if clip is None else f'`"{clip}"`'
-        lines.append([name, *(f"**{cell}**" if first else cell for cell, first in zip(cells, best, strict=True))])
+        lines.append([name, *lowest(cells, [means[clip, lr] for lr in rates], rivals)])
     return markdown(lines)
 
 

@@ -17,7 +17,7 @@ from cruxy_triton.finetune import load, run, train
 from cruxy_triton.finetune.folder import RunFolder
 from cruxy_triton.finetune.recipe import Recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # up to 8 GB each, which go one at a time because they are in one file
 
 SEQ, LAYERS, R = 96, 2, 8
 MODELS: dict[str, dict[str, Any]] = {

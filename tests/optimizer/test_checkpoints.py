@@ -187,10 +187,9 @@ def test_through_distributed_checkpoint(tmp_path, kind, flat):
     )
 
     def made() -> tuple[nn.Module, CruxyOptimizer]:
-        model, optimizer = make(**SETTINGS.get(kind, SETTINGS["lion4"]))
-        if kind == "layerwise":
-            model, optimizer = make(layerwise="blade")
-        elif kind == "release":
+        others = {"layerwise": {"layerwise": "blade"}, "release": SETTINGS["lion4"]}
+        model, optimizer = make(**{**SETTINGS, **others}[kind])
+        if kind == "release":
             release_gradients(model, optimizer)
         return model, optimizer
 

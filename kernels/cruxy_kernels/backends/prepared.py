@@ -107,7 +107,7 @@ class PreparedUpdate:
         for batch in self._batches:
             entry = torch.arange(len(batch.indices)) * COLUMNS + GRAD
             cells[batch.indices] = batch.table.entries.data_ptr() + entry * batch.table.entries.element_size()
-        return cells.tolist()
+        return cells.tolist()  # it lies on the CPU
 
     def _runs(self) -> list[Runs]:
         if self._kept_runs is None:
